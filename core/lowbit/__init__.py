@@ -1,0 +1,121 @@
+"""lowbit: quantize language models, move low-bit weights between file formats exactly, and prove what was written.
+
+Everything public is here. Names load on first use, so that ``lowbit --help`` never imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowbit.errors import LowbitError
+    from lowbit.grids import dequantize
+    from lowbit.hookspecs import hookimpl
+    from lowbit.interfaces import (
+        Calibration,
+        Checkpoint,
+        Exporter,
+        Importer,
+        Kernel,
+        MatmulProblem,
+        Metadata,
+        Packer,
+        Quantizer,
+        SideFile,
+    )
+    from lowbit.kernels import ReferenceKernel
+    from lowbit.parts import TensorSpec
+    from lowbit.plugins import installed
+    from lowbit.registry import Registry
+    from lowbit.scheme import (
+        Across,
+        Binary,
+        BinaryForm,
+        Grid,
+        Outliers,
+        Rotation,
+        ScaleCoding,
+        ScaleFormat,
+        Scheme,
+        Trellis,
+        Zero,
+    )
+    from lowbit.tensors import PackedSpec, PackedTensor, QuantizedTensor
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LowbitError": "errors",
+    "dequantize": "grids",
+    "hookimpl": "hookspecs",
+    "Calibration": "interfaces",
+    "Checkpoint": "interfaces",
+    "Exporter": "interfaces",
+    "Importer": "interfaces",
+    "Kernel": "interfaces",
+    "MatmulProblem": "interfaces",
+    "Metadata": "interfaces",
+    "Packer": "interfaces",
+    "Quantizer": "interfaces",
+    "SideFile": "interfaces",
+    "ReferenceKernel": "kernels",
+    "TensorSpec": "parts",
+    "installed": "plugins",
+    "Registry": "registry",
+    "Across": "scheme",
+    "Binary": "scheme",
+    "BinaryForm": "scheme",
+    "Grid": "scheme",
+    "Outliers": "scheme",
+    "Rotation": "scheme",
+    "ScaleCoding": "scheme",
+    "ScaleFormat": "scheme",
+    "Scheme": "scheme",
+    "Trellis": "scheme",
+    "Zero": "scheme",
+    "PackedSpec": "tensors",
+    "PackedTensor": "tensors",
+    "QuantizedTensor": "tensors",
+}
+
+__all__ = [
+    "Across",
+    "Binary",
+    "BinaryForm",
+    "Calibration",
+    "Checkpoint",
+    "Exporter",
+    "Grid",
+    "Importer",
+    "Kernel",
+    "LowbitError",
+    "MatmulProblem",
+    "Metadata",
+    "Outliers",
+    "PackedSpec",
+    "PackedTensor",
+    "Packer",
+    "QuantizedTensor",
+    "Quantizer",
+    "ReferenceKernel",
+    "Registry",
+    "Rotation",
+    "ScaleCoding",
+    "ScaleFormat",
+    "Scheme",
+    "SideFile",
+    "TensorSpec",
+    "Trellis",
+    "Zero",
+    "__version__",
+    "dequantize",
+    "hookimpl",
+    "installed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"lowbit.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'lowbit' has no attribute {name!r}")

@@ -1,0 +1,56 @@
+"""Errors a user may see: one sentence that names the thing, the value and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class LowbitError(Exception):
+    """Base of every error that is the user's to solve; the CLI prints its message and exits with code 2."""
+
+
+class CheckpointError(LowbitError):
+    """A checkpoint cannot be read: missing, truncated, inconsistent or unsafe."""
+
+
+class OutputError(LowbitError):
+    """The destination cannot be written: it exists, the disk is full, the path is wrong."""
+
+
+class OptionError(LowbitError):
+    """An option, rule or flag has no meaning here."""
+
+
+class SchemeError(LowbitError):
+    """A scheme contradicts itself or the parts of a tensor contradict the scheme."""
+
+
+class WeightError(LowbitError):
+    """A weight holds values that cannot be quantized, such as NaN or infinity."""
+
+
+class VerificationError(LowbitError):
+    """The reopened output differs from what was meant to be written."""
+
+
+class UnknownComponentError(LowbitError):
+    """No component of this name is installed."""
+
+
+class PluginError(LowbitError):
+    """A plugin failed to load or registered something that breaks the rules."""
+
+
+class DuplicateComponentError(PluginError):
+    """Two modules registered the same name; names are written into files, so neither wins."""
+
+
+class NoRouteError(LowbitError):
+    """Nobody can do what was asked; ``reasons`` says why for everyone who was asked."""
+
+    def __init__(self, question: str, reasons: Mapping[str, str], hint: str = "") -> None:
+        self.question = question
+        self.reasons = dict(reasons)
+        self.hint = hint
+        refusals = "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items())
+        super().__init__(question + (f" ({refusals})" if refusals else "") + (f"; {hint}" if hint else ""))

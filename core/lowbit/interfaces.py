@@ -1,0 +1,264 @@
+"""The five contracts. pluggy hooks find components; these abstract classes say what a component promises.
+
+Components are stateless instances, registered once. ``why_not`` answers every question of the form "can you?": None is yes,
+otherwise one sentence that names the thing, the value and the way out. It never raises and never looks at data.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from lowbit.parts import TensorSpec
+from lowbit.scheme import Scheme
+from lowbit.tensors import PackedSpec, PackedTensor, QuantizedTensor
+
+Entry: TypeAlias = "TensorSpec | PackedSpec"
+Value: TypeAlias = "Tensor | PackedTensor"
+OptionsT = TypeVar("OptionsT")
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a calibration run measured about the inputs of one weight; absent measurements are None.
+
+    Attributes:
+        importance: Mean of x squared for each input column, float32 ``(in,)``.
+        hessian: Mean of x xT over tokens, float32 ``(in, in)``.
+    """
+
+    importance: Tensor | None = None
+    hessian: Tensor | None = None
+
+
+class Quantizer(ABC, Generic[OptionsT]):
+    """Chooses codes.
+
+    Contract: ``quantize(w, o).scheme == scheme(o)``; the same input, options and seed give the same bits, on any number of
+    threads; the input is not modified; every part is finite for finite weights.
+    """
+
+    name: ClassVar[str]
+    Options: type[OptionsT]
+    """A frozen dataclass; its fields become ``--set key=value``, and ``--bits``, ``--group-size``, ``--seed`` where present."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What convert must collect first: a subset of ``hessian``, ``importance``, ``block_inputs``."""
+
+    @abstractmethod
+    def scheme(self, options: OptionsT) -> Scheme:
+        """Return the scheme of the results, before any data; raise OptionError for options that make no sense."""
+
+    @abstractmethod
+    def quantize(self, weight: Tensor, options: OptionsT, calibration: Calibration | None = None) -> QuantizedTensor:
+        """Quantize ``weight`` (out, in), any float dtype, on its own device. Raises WeightError for NaN or infinity."""
+
+    def quantize_block(
+        self,
+        weights: Mapping[str, Tensor],
+        options: Mapping[str, OptionsT],
+        calibration: Mapping[str, Calibration],
+    ) -> dict[str, QuantizedTensor]:
+        """Quantize the weights of one decoder block together; the default quantizes each alone."""
+        return {name: self.quantize(weight, options[name], calibration.get(name)) for name, weight in weights.items()}
+
+
+class Packer(ABC):
+    """Knows where the bits are, for one layout.
+
+    Contract: when ``why_not`` is None, ``unpack(pack(q))`` equals ``q`` bit for bit, and ``pack(q)`` has the buffers that
+    ``specs`` announced. Layout names are written into files: a name never changes its meaning.
+    """
+
+    layout: ClassVar[str]
+    priority: ClassVar[int] = 0
+    """Order among packers for formats that store any layout; higher first."""
+
+    @abstractmethod
+    def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """Return None when weights of this scheme and shape (out, in) can be packed, else the reason."""
+
+    @abstractmethod
+    def specs(self, scheme: Scheme, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        """Return the buffers that ``pack`` will make. Call only when ``why_not`` is None."""
+
+    @abstractmethod
+    def pack(self, quantized: QuantizedTensor) -> PackedTensor:
+        """Arrange the parts into buffers."""
+
+    @abstractmethod
+    def unpack(self, packed: PackedTensor) -> QuantizedTensor:
+        """Undo ``pack``."""
+
+    def spec(self, scheme: Scheme, shape: tuple[int, int]) -> PackedSpec:
+        """Return the spec of the packed tensor that ``pack`` will make."""
+        return PackedSpec(self.layout, scheme, shape, self.specs(scheme, shape))
+
+
+@dataclass(frozen=True, slots=True)
+class MatmulProblem:
+    """The question that a kernel answers: one packed weight on one device. The number of rows of x is not known."""
+
+    layout: str
+    scheme: Scheme
+    shape: tuple[int, int]
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    capability: tuple[int, int] | None = None
+
+
+class Kernel(ABC):
+    """Multiplies by a packed weight, or writes it out as floats, for one layout on one kind of device.
+
+    Contract: ``matmul(x, prepare(p))`` agrees with ``x @ W.T`` in float64, W being the layout's plain-torch kernel's
+    ``dequantize``, within the bound that ``lowbit.testing.budgets`` derives for the dtype; ``prepare`` is idempotent.
+    """
+
+    name: ClassVar[str]
+    priority: ClassVar[int] = 0
+    """0 is the plain-torch reference of a layout; faster kernels are higher."""
+
+    @abstractmethod
+    def why_not(self, problem: MatmulProblem) -> str | None:
+        """Return None when this kernel serves the problem, else the reason."""
+
+    def prepare(self, packed: PackedTensor) -> PackedTensor:
+        """Rearrange once, at load; the default keeps the layout's buffers."""
+        return packed
+
+    @abstractmethod
+    def dequantize(self, packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight (out, in); computed in float32, then rounded once to ``dtype``."""
+
+    def matmul(self, x: Tensor, packed: PackedTensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``x @ W.T + bias`` for x (..., in), in x's dtype; the default multiplies by the dequantized weight."""
+        return torch.nn.functional.linear(x, self.dequantize(packed, x.dtype), bias)
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file that belongs to a checkpoint but holds no weights: a tokenizer, a chat template, a model card."""
+
+    name: str
+    path: Path | None = None
+    content: bytes | None = None
+
+    def read(self) -> bytes:
+        """Return the bytes."""
+        if self.content is not None:
+            return self.content
+        assert self.path is not None
+        return self.path.read_bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """What a checkpoint says besides its tensors.
+
+    Attributes:
+        config: The Hugging Face ``config.json``, without a quantization_config; {} when unknown.
+        side_files: Everything else to carry along; names are plain file names or relative paths inside the checkpoint.
+        provenance: What is known of where the weights come from, such as ``{"source": "...", "quantizer": "..."}``.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    side_files: tuple[SideFile, ...] = ()
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    def side_file(self, name: str) -> SideFile | None:
+        """Return the side file of this name, if there is one."""
+        return next((file for file in self.side_files if file.name == name), None)
+
+
+class Checkpoint(AbstractContextManager["Checkpoint"], ABC):
+    """An opened path: names, shapes and dtypes from headers only; data one tensor at a time.
+
+    Names are Hugging Face names (``model.layers.0.mlp.up_proj.weight``), whatever the file calls them.
+    """
+
+    path: Path
+    entries: Mapping[str, Entry]
+    """Every tensor by name, in the order of the file."""
+    metadata: Metadata
+
+    @abstractmethod
+    def read(self, name: str) -> Value:
+        """Read one tensor: a Tensor for a TensorSpec entry, a PackedTensor for a PackedSpec entry.
+
+        Raises CheckpointError when the data does not fit the header.
+        """
+
+    def stream(self) -> Iterator[tuple[str, Value]]:
+        """Yield every tensor once, in file order."""
+        for name in self.entries:
+            yield name, self.read(name)
+
+    def close(self) -> None:
+        """Release files; the default has nothing to release."""
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class Importer(ABC):
+    """Reads one kind of checkpoint.
+
+    Contract: never unpickles, never executes code from the checkpoint, never follows a path out of it; ``open`` reads
+    headers only and raises CheckpointError, with a sentence, for anything malformed.
+    """
+
+    format: ClassVar[str]
+    priority: ClassVar[int] = 0
+    """Asked in this order, higher first: the most specific importer should recognise its files before a general one."""
+
+    @abstractmethod
+    def why_not(self, path: Path) -> str | None:
+        """Return None when ``path`` (it exists) looks like this format, else the reason. Reads a few bytes at most."""
+
+    @abstractmethod
+    def open(self, path: Path) -> Checkpoint:
+        """Open ``path``; read headers, validate them, and return the checkpoint."""
+
+
+class Exporter(ABC):
+    """Writes one file format.
+
+    Contract: opening what was written gives the same names, schemes and bytes; the destination appears complete or not at
+    all; unquantized tensors pass through, or are refused by ``why_not_entry`` before any work.
+    """
+
+    format: ClassVar[str]
+    layouts: ClassVar[tuple[str, ...] | None]
+    """The layouts it stores, best first; () stores no packed weight (they are dequantized); None stores any layout."""
+    suffix: ClassVar[str] = ""
+    """The destination's file suffix, such as ``.gguf``; empty when it is a folder."""
+
+    def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """Return None when the format can hold the scheme, layouts aside, else the reason."""
+        return None
+
+    def variants(self) -> Mapping[str, Scheme]:
+        """Return named schemes for ``--format FORMAT:VARIANT``, such as ``q4_0``; the default has none."""
+        return {}
+
+    def check(self, entries: Mapping[str, Entry], metadata: Metadata) -> None:
+        """Raise NoRouteError or CheckpointError, before any work, when the checkpoint as a whole cannot be written."""
+
+    def plain(self, name: str, spec: TensorSpec) -> TensorSpec:
+        """Return how an unquantized tensor will be stored; the default keeps it as it is."""
+        return spec
+
+    @abstractmethod
+    def write(
+        self, path: Path, entries: Mapping[str, Entry], stream: Iterable[tuple[str, Value]], metadata: Metadata
+    ) -> None:
+        """Write the header from ``entries``, then each value of ``stream`` as it comes (in the order of ``entries``).
+
+        Every value fits its entry. Raises OutputError, and leaves nothing behind, when it cannot finish.
+        """

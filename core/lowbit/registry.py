@@ -1,0 +1,168 @@
+"""``Registry``: every installed component by name, and the two decisions made from it: a route and a kernel."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from lowbit.errors import CheckpointError, DuplicateComponentError, NoRouteError, PluginError, UnknownComponentError
+from lowbit.interfaces import Checkpoint, Exporter, Importer, Kernel, MatmulProblem, Packer, Quantizer
+from lowbit.scheme import Scheme
+
+T = TypeVar("T")
+
+INSTALL_HINTS = {name: f"lowbit-{name}" for name in ("kbit", "spqr", "autoround", "qtip", "binary")}
+"""First-party plugins that may simply not be installed; the one place where core knows their names."""
+
+
+class Table(Mapping[str, T], Generic[T]):
+    """Components of one kind by name; duplicates raise, unknown names list the known ones."""
+
+    def __init__(self, what: str, kind: type, key: str) -> None:
+        self.what, self._kind, self._key = what, kind, key
+        self._items: dict[str, T] = {}
+
+    def register(self, component: T) -> None:
+        """Add a component; raise PluginError for anything but an instance, DuplicateComponentError for a taken name."""
+        module = type(component).__module__
+        if isinstance(component, type) or not isinstance(component, self._kind):
+            shown = component.__name__ if isinstance(component, type) else repr(component)
+            raise PluginError(
+                f"{shown} is no {self._kind.__name__} instance; register an instance, not a class ({self.what})"
+            )
+        name = getattr(component, self._key)
+        if name in self._items:
+            other = type(self._items[name]).__module__
+            raise DuplicateComponentError(
+                f"two {self.what}s are named {name!r}: one in {other}, one in {module}; rename one"
+            )
+        self._items[name] = component
+
+    def __getitem__(self, name: str) -> T:
+        try:
+            return self._items[name]
+        except KeyError:
+            raise UnknownComponentError(self._unknown(name)) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._items))
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def by_priority(self) -> list[T]:
+        """Return the components by (-priority, name): the same order however they were installed."""
+        return [self._items[name] for name in sorted(self._items, key=lambda name: (-self._priority(name), name))]
+
+    def _priority(self, name: str) -> int:
+        return int(getattr(self._items[name], "priority", 0))
+
+    def _unknown(self, name: str) -> str:
+        sentence = f"no {self.what} named {name!r}; installed: {', '.join(self) or 'none'}"
+        if close := difflib.get_close_matches(name, list(self), n=1):
+            return f"{sentence}; did you mean {close[0]!r}?"
+        hint = INSTALL_HINTS.get(name.partition("-")[0])
+        return f"{sentence} (pip install {hint})" if hint else sentence
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How a weight of some scheme reaches a file: an exporter, and the packer of the layout (None: dequantized)."""
+
+    exporter: Exporter
+    packer: Packer | None
+
+
+class Registry:
+    """All components; build one with ``lowbit.plugins.installed()`` or, in tests, register by hand."""
+
+    def __init__(self) -> None:
+        self.quantizers: Table[Quantizer[Any]] = Table("quantizer", Quantizer, "name")
+        self.packers: Table[Packer] = Table("layout", Packer, "layout")
+        self.kernels: Table[Kernel] = Table("kernel", Kernel, "name")
+        self.importers: Table[Importer] = Table("import format", Importer, "format")
+        self.exporters: Table[Exporter] = Table("export format", Exporter, "format")
+
+    def open(self, path: Path) -> Checkpoint:
+        """Open a checkpoint with the first importer that recognises it; raise CheckpointError with every reason."""
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist; give a model folder or a .gguf or .safetensors file")
+        reasons = {}
+        for importer in self.importers.by_priority():
+            reason = importer.why_not(path)
+            if reason is None:
+                return importer.open(path)
+            reasons[importer.format] = reason
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise CheckpointError(
+            f"{path} holds no checkpoint that an installed format can read ({listed or 'none installed'})"
+        )
+
+    def route(self, scheme: Scheme, shape: tuple[int, int], format: str) -> Route:
+        """Return how ``format`` stores weights of this scheme and shape; raise NoRouteError with every refusal."""
+        exporter = self.exporters[format]
+        reasons = self._refusals(exporter, scheme, shape)
+        if isinstance(reasons, Route):
+            return reasons
+        able = self.formats_for(scheme, shape)
+        question = f"format {format!r} cannot hold a {scheme.summary()} weight of {shape[0]}x{shape[1]}"
+        raise NoRouteError(
+            question, reasons, f"these formats can: {', '.join(able)}" if able else "no installed format can"
+        )
+
+    def formats_for(self, scheme: Scheme, shape: tuple[int, int]) -> list[str]:
+        """Return the formats that store weights of this scheme and shape packed, by name."""
+        routes = {name: self._refusals(exporter, scheme, shape) for name, exporter in self.exporters.items()}
+        return [name for name, route in routes.items() if isinstance(route, Route) and route.packer is not None]
+
+    def why_not(self, scheme: Scheme, shape: tuple[int, int], format: str) -> Mapping[str, str]:
+        """Return the refusals of ``format`` for a scheme, by who refused; empty when there is a route."""
+        answer = self._refusals(self.exporters[format], scheme, shape)
+        return {} if isinstance(answer, Route) else answer
+
+    def _refusals(self, exporter: Exporter, scheme: Scheme, shape: tuple[int, int]) -> Route | dict[str, str]:
+        if reason := exporter.why_not(scheme, shape):
+            return {exporter.format: reason}
+        if exporter.layouts == ():
+            return Route(exporter, None)
+        reasons: dict[str, str] = {}
+        packers = (
+            self.packers.by_priority() if exporter.layouts is None else [self.packers[x] for x in exporter.layouts]
+        )
+        for packer in packers:
+            reason = packer.why_not(scheme, shape)
+            if reason is None:
+                return Route(exporter, packer)
+            reasons[packer.layout] = reason
+        return reasons
+
+    def kernel_for(self, problem: MatmulProblem) -> Kernel:
+        """Return the fastest kernel that serves ``problem``; raise NoRouteError with every refusal."""
+        reasons = {}
+        for kernel in self.kernels.by_priority():
+            reason = kernel.why_not(problem)
+            if reason is None:
+                return kernel
+            reasons[kernel.name] = reason
+        relevant = {
+            name: reason for name, reason in reasons.items() if problem.layout in reason or problem.layout in name
+        }
+        question = f"no kernel runs layout {problem.layout!r} ({problem.scheme.summary()}) on {problem.device}"
+        raise NoRouteError(question, relevant or reasons, self._hint(problem.layout))
+
+    def _hint(self, layout: str) -> str:
+        package = INSTALL_HINTS.get(layout.partition("-")[0])
+        return f"pip install {package}" if package else "install the plugin that registers this layout"
+
+    def reference_kernel(self, problem: MatmulProblem) -> Kernel:
+        """Return the plain-torch kernel of the layout (priority 0), which defines what its bits mean."""
+        for kernel in self.kernels.by_priority():
+            if kernel.priority == 0 and kernel.why_not(problem) is None:
+                return kernel
+        raise NoRouteError(f"layout {problem.layout!r} has no plain-torch kernel", {}, self._hint(problem.layout))

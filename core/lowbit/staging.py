@@ -1,0 +1,71 @@
+"""Outputs that appear complete or not at all: write beside the destination, then rename."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lowbit.errors import OutputError
+
+
+@contextmanager
+def staged(destination: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a path beside ``destination`` to write a file or a folder to; rename it into place when the block ends well.
+
+    When the block raises (Ctrl-C too) everything written is removed and ``destination`` is as it was. Raises OutputError
+    when the destination exists and ``overwrite`` is false, its parent is missing, or the disk is full.
+    """
+    check_destination(destination, overwrite)
+    temporary = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        yield temporary
+        _replace(temporary, destination)
+    except OSError as error:
+        raise write_error(destination, error) from error
+    finally:
+        remove(temporary)
+
+
+def check_destination(destination: Path, overwrite: bool) -> None:
+    """Raise OutputError unless ``destination`` can be created or, with ``overwrite``, replaced."""
+    if not destination.parent.is_dir():
+        raise OutputError(f"the folder {destination.parent} does not exist; create it first")
+    if destination.exists() and not overwrite:
+        raise OutputError(f"{destination} exists; give --overwrite to replace it")
+    if not os.access(destination.parent, os.W_OK):
+        raise OutputError(f"the folder {destination.parent} is not writable; choose another destination")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder if it is there; a link is removed, never followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_error(destination: Path, error: OSError) -> OutputError:
+    """Return the sentence for an operating-system error while writing."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"the disk is full; {destination} was not written, free some space or choose another disk")
+    return OutputError(f"cannot write {destination}: {error.strerror or error}")
+
+
+def _replace(temporary: Path, destination: Path) -> None:
+    """Rename into place; an existing folder steps aside first, so that there is no moment with half of each."""
+    if not destination.is_dir() or destination.is_symlink():
+        temporary.replace(destination)
+        return
+    aside = temporary.with_suffix(".replaced")
+    destination.replace(aside)
+    try:
+        temporary.replace(destination)
+    except OSError:
+        aside.replace(destination)
+        raise
+    remove(aside)

@@ -1,0 +1,118 @@
+"""The two values that carry a low-bit weight: what an algorithm means, and what a file stores and a kernel reads.
+
+Weights are ``(out_features, in_features)`` and groups run along in_features, everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lowbit.errors import SchemeError, WeightError
+from lowbit.parts import TensorSpec, part_specs
+from lowbit.scheme import Grid, Scheme, Zero
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedTensor:
+    """What an algorithm means: logical parts, as ``lowbit.parts`` lists them for the scheme and the shape.
+
+    Raises SchemeError when parts are missing, unknown, or of another dtype or shape; values are checked by ``validate``.
+    """
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    parts: Mapping[str, torch.Tensor]
+
+    def __post_init__(self) -> None:
+        _check_specs(
+            self.parts, part_specs(self.scheme, self.shape), f"a {self.scheme.summary()} weight of {self.shape}"
+        )
+
+    def validate(self, name: str = "weight") -> None:
+        """Raise WeightError when a code is out of range or a float part is not finite; ``name`` goes into the sentence."""
+        scheme = self.scheme
+        if scheme.grid in (Grid.AFFINE, Grid.CODEBOOK):
+            highest = int(self.parts["codes"].max()) if self.parts["codes"].numel() else 0
+            if highest >= scheme.code_count:
+                raise WeightError(
+                    f"{name}: code {highest} is out of range, {scheme.summary()} has {scheme.code_count} codes"
+                )
+        if scheme.zero is Zero.INTEGER and bool((self.parts["zeros"] < 0).any()):
+            raise WeightError(f"{name}: a zero point is negative; integer zeros are codes, 0 to {2**scheme.bits - 1}")
+        for part, values in self.parts.items():
+            if values.is_floating_point() and not bool(torch.isfinite(values.float()).all()):
+                raise WeightError(f"{name}: {part} holds NaN or infinity")
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSpec:
+    """Everything about a packed weight but its bytes: known from headers, before data."""
+
+    layout: str
+    scheme: Scheme
+    shape: tuple[int, int]
+    buffers: Mapping[str, TensorSpec]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(spec.nbytes for spec in self.buffers.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits, scales and all, for each weight."""
+        return 8 * self.nbytes / math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedTensor:
+    """What a file stores and a kernel reads: a layout's name and exact buffers.
+
+    Raises SchemeError when a buffer is missing, unknown, or of another dtype or shape than the spec says.
+    """
+
+    spec: PackedSpec
+    buffers: Mapping[str, torch.Tensor]
+
+    def __post_init__(self) -> None:
+        _check_specs(self.buffers, self.spec.buffers, f"a {self.spec.layout} weight of {self.spec.shape}")
+
+    @property
+    def layout(self) -> str:
+        """The layout's name."""
+        return self.spec.layout
+
+    @property
+    def scheme(self) -> Scheme:
+        """What the codes mean."""
+        return self.spec.scheme
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.spec.shape
+
+
+def bit_equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits; unlike ``torch.equal`` NaN equals itself, -0 is not 0."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(_bits(left), _bits(right))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _check_specs(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec], owner: str) -> None:
+    if missing := specs.keys() - tensors.keys():
+        raise SchemeError(f"{owner} needs {min(missing)!r}; got {', '.join(sorted(tensors)) or 'nothing'}")
+    if unknown := tensors.keys() - specs.keys():
+        raise SchemeError(f"{owner} has no {min(unknown)!r}; it has {', '.join(specs)}")
+    for name, spec in specs.items():
+        if (found := TensorSpec.of(tensors[name])) != spec:
+            raise SchemeError(f"{owner}: {name} must be {spec.dtype} {spec.shape}, got {found.dtype} {found.shape}")

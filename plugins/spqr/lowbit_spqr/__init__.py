@@ -1,0 +1,1 @@
+"""SpQR for lowbit. Registers nothing yet: this distribution reserves the name and its place in the workspace."""
