@@ -83,7 +83,8 @@ def _lane_mask(width: int, lane: int, start: int = 0) -> int:
 
 
 def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
-    return tensor.split(max(1, _CHUNK // max(1, 8 * tensor.shape[1])))
+    rows = max(1, _CHUNK // max(1, 8 * tensor.shape[1]))
+    return tuple(tensor[start : start + rows] for start in range(0, tensor.shape[0], rows))
 
 
 def _check(bits: int) -> None:

@@ -7,6 +7,7 @@ the grid (``s * (q - z)``, or ``s * q`` then ``+ m``), then rotation, then outli
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,10 +16,23 @@ from lowbit.parts import part_specs
 from lowbit.scheme import Across, BinaryForm, Grid, ScaleCoding, Scheme, Zero
 from lowbit.tensors import QuantizedTensor
 from lowbit.trellis import decode_tiles
+from lowbit.workers import map_ranges
 
 
 def dequantize(quantized: QuantizedTensor) -> Tensor:
-    """Return the weight (out, in) in float32."""
+    """Return the weight (out, in) in float32; on a CPU row by row in parallel where no part mixes rows."""
+    if not quantized.row_separable or quantized.parts["codes"].device.type != "cpu":
+        return _dequantize(quantized)
+    weight = torch.empty(quantized.shape)
+
+    def fill(start: int, stop: int) -> None:
+        weight[start:stop] = _dequantize(quantized.rows(start, stop))
+
+    map_ranges(fill, *quantized.shape)
+    return weight
+
+
+def _dequantize(quantized: QuantizedTensor) -> Tensor:
     weight = {
         Grid.AFFINE: _affine,
         Grid.CODEBOOK: _codebook,
@@ -81,21 +95,38 @@ def outlier_matrix(quantized: QuantizedTensor) -> Tensor:
 
 
 def _affine(quantized: QuantizedTensor) -> Tensor:
-    scheme, codes = quantized.scheme, quantized.parts["codes"].float()
-    scales = expand_groups(decode_scales(quantized), quantized)
+    scheme = quantized.scheme
+    codes, scales = quantized.parts["codes"].float(), decode_scales(quantized)
     if scheme.zero is Zero.MINIMUM:
-        return codes * scales + expand_groups(decode_scales(quantized, "minimums"), quantized)
+        weight = _per_group(torch.Tensor.mul_, codes, scales, quantized)
+        return _per_group(torch.Tensor.add_, weight, decode_scales(quantized, "minimums"), quantized)
     if scheme.zero is Zero.SYMMETRIC:
-        return (codes - scheme.midpoint) * scales
-    if scheme.zero is Zero.INTEGER:
-        return (codes - expand_groups(quantized.parts["zeros"].float(), quantized)) * scales
-    return (codes - expand_groups(decode_scales(quantized, "zeros"), quantized)) * scales
+        values = codes.sub_(scheme.midpoint)
+    elif scheme.zero is Zero.INTEGER:
+        values = _per_group(torch.Tensor.sub_, codes, quantized.parts["zeros"].float(), quantized)
+    else:
+        values = _per_group(torch.Tensor.sub_, codes, decode_scales(quantized, "zeros"), quantized)
+    return _per_group(torch.Tensor.mul_, values, scales, quantized)
 
 
 def _codebook(quantized: QuantizedTensor) -> Tensor:
     rows, columns = quantized.shape
-    values = quantized.parts["codebook"][quantized.parts["codes"].long()]  # (out, in / vector, vector)
-    return values.reshape(rows, -1)[:, :columns] * expand_groups(decode_scales(quantized), quantized)
+    entries, codes = quantized.parts["codebook"], quantized.parts["codes"]
+    values = entries.index_select(0, codes.flatten().int())  # (out * in / vector, vector)
+    values = values.reshape(rows, -1)[:, :columns]
+    return _per_group(torch.Tensor.mul_, values, decode_scales(quantized), quantized)
+
+
+def _per_group(
+    operation: Callable[[Tensor, Tensor], Tensor], weight: Tensor, values: Tensor, quantized: QuantizedTensor
+) -> Tensor:
+    """Apply an in-place operation of ``values`` (rows, groups) to ``weight`` (out, in), which the caller owns."""
+    scheme, columns = quantized.scheme, quantized.shape[1]
+    size = scheme.group_size or columns
+    if scheme.permutation or scheme.flat or columns % size or not weight.is_contiguous():
+        return operation(weight, expand_groups(values, quantized))
+    operation(weight.view(-1, columns // size, size), values.unsqueeze(-1))  # (out, groups, size) by (out, groups, 1)
+    return weight
 
 
 def _trellis(quantized: QuantizedTensor) -> Tensor:

@@ -23,6 +23,8 @@ from lowbit.tensors import PackedSpec, PackedTensor, QuantizedTensor
 Entry: TypeAlias = "TensorSpec | PackedSpec"
 Value: TypeAlias = "Tensor | PackedTensor"
 OptionsT = TypeVar("OptionsT")
+DEFAULT_SHARD_SIZE = 5_000_000_000
+"""Bytes of tensors in one file, as Hugging Face shards them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,9 +258,15 @@ class Exporter(ABC):
 
     @abstractmethod
     def write(
-        self, path: Path, entries: Mapping[str, Entry], stream: Iterable[tuple[str, Value]], metadata: Metadata
+        self,
+        path: Path,
+        entries: Mapping[str, Entry],
+        stream: Iterable[tuple[str, Value]],
+        metadata: Metadata,
+        shard_size: int = DEFAULT_SHARD_SIZE,
     ) -> None:
         """Write the header from ``entries``, then each value of ``stream`` as it comes (in the order of ``entries``).
 
-        Every value fits its entry. Raises OutputError, and leaves nothing behind, when it cannot finish.
+        Every value fits its entry. Files are split so that none holds more than ``shard_size`` bytes of tensors, where the
+        format can be split. Raises OutputError, and leaves nothing behind, when it cannot finish.
         """

@@ -121,10 +121,9 @@ class Registry:
         routes = {name: self._refusals(exporter, scheme, shape) for name, exporter in self.exporters.items()}
         return [name for name, route in routes.items() if isinstance(route, Route) and route.packer is not None]
 
-    def why_not(self, scheme: Scheme, shape: tuple[int, int], format: str) -> Mapping[str, str]:
-        """Return the refusals of ``format`` for a scheme, by who refused; empty when there is a route."""
-        answer = self._refusals(self.exporters[format], scheme, shape)
-        return {} if isinstance(answer, Route) else answer
+    def ask(self, scheme: Scheme, shape: tuple[int, int], format: str) -> Route | Mapping[str, str]:
+        """Return the route by which ``format`` stores such a weight, or the refusals by who refused."""
+        return self._refusals(self.exporters[format], scheme, shape)
 
     def _refusals(self, exporter: Exporter, scheme: Scheme, shape: tuple[int, int]) -> Route | dict[str, str]:
         if reason := exporter.why_not(scheme, shape):

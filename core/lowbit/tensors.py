@@ -13,7 +13,13 @@ import torch
 
 from lowbit.errors import SchemeError, WeightError
 from lowbit.parts import TensorSpec, part_specs
-from lowbit.scheme import Grid, Scheme, Zero
+from lowbit.scheme import Across, Grid, Scheme, Zero
+
+_ROW_PARTS = frozenset(
+    f"{prefix}{name}{suffix}"
+    for name in ("codes", "scales", "zeros", "minimums")
+    for prefix, suffix in (("", ""), ("super_", ""), ("super_", "_zeros"))
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +37,23 @@ class QuantizedTensor:
         _check_specs(
             self.parts, part_specs(self.scheme, self.shape), f"a {self.scheme.summary()} weight of {self.shape}"
         )
+
+    @property
+    def row_separable(self) -> bool:
+        """Whether ``rows`` can cut this weight: no part mixes rows."""
+        scheme = self.scheme
+        return (
+            scheme.grid in (Grid.AFFINE, Grid.CODEBOOK)
+            and not (scheme.flat or scheme.outliers or (scheme.rotation and scheme.rotation.out_block))
+            and scheme.scales.across is Across.GROUPS
+        )
+
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """Return rows start to stop as a view; only when ``row_separable``."""
+        assert self.row_separable
+        shape = (stop - start, self.shape[1])
+        parts = {name: part[start:stop] if name in _ROW_PARTS else part for name, part in self.parts.items()}
+        return QuantizedTensor(self.scheme, shape, parts)
 
     def validate(self, name: str = "weight") -> None:
         """Raise WeightError when a code is out of range or a float part is not finite; ``name`` goes into the sentence."""

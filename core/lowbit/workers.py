@@ -23,21 +23,27 @@ PIECE = 1 << 20  # weights in a piece
 def map_rows(function: Callable[[Tensor], T], weight: Tensor, multiple: int = 1, piece: int = PIECE) -> list[T]:
     """Apply ``function`` to row slices of ``weight`` (rows, ...), in parallel on a CPU, and return the results in order.
 
-    Each slice but the last has a multiple of ``multiple`` rows. The split depends on the shape alone, never on the number
-    of threads, so results are the same everywhere. On other devices there is one slice: the whole.
+    Each slice but the last has a multiple of ``multiple`` rows. On other devices there is one slice: the whole.
     """
-    slices = row_slices(weight, multiple, piece)
-    if len(slices) == 1:
+    if weight.device.type != "cpu":
         return [function(weight)]
-    return list(_pool(torch.get_num_threads()).map(function, slices))
+    columns = weight[0].numel() if len(weight) else 1
+    return map_ranges(lambda start, stop: function(weight[start:stop]), len(weight), columns, multiple, piece)
 
 
-def row_slices(weight: Tensor, multiple: int = 1, piece: int = PIECE) -> tuple[Tensor, ...]:
-    """Return the slices that ``map_rows`` works on."""
-    if weight.device.type != "cpu" or weight.numel() <= piece or threading.current_thread().name.startswith(_PREFIX):
-        return (weight,)
-    rows = max(1, piece // max(1, weight[0].numel()) // multiple) * multiple
-    return weight.split(rows)
+def map_ranges(
+    function: Callable[[int, int], T], rows: int, columns: int, multiple: int = 1, piece: int = PIECE
+) -> list[T]:
+    """Apply ``function(start, stop)`` to ranges of rows that together cover ``rows``, in parallel, results in order.
+
+    The ranges depend on the shape alone, never on the number of threads, so results are the same everywhere. Called from
+    inside a worker, the ranges run one after the other there.
+    """
+    step = max(1, piece // max(1, columns) // multiple) * multiple
+    ranges = [(start, min(start + step, rows)) for start in range(0, rows, step)] or [(0, rows)]
+    if len(ranges) == 1 or threading.current_thread().name.startswith(_PREFIX):
+        return [function(start, stop) for start, stop in ranges]
+    return list(_pool(torch.get_num_threads()).map(lambda bounds: function(*bounds), ranges))
 
 
 _PREFIX = "lowbit-worker"

@@ -1,0 +1,43 @@
+# Two commands matter, each alone on a fresh clone: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+MEMBERS := plugins/kbit plugins/spqr plugins/autoround plugins/qtip
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint types pytest test-oracles bench-smoke bench clean
+
+demo: $(READY)  ## convert a real language model and show what it costs
+	$(RUN) bench/demo.py
+
+test: lint types pytest  ## everything that runs on a CPU, under ten minutes
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(READY)
+	$(RUN) -m mypy
+
+pytest: $(READY)
+	$(RUN) -m pytest -q -m "not network"
+
+test-oracles: $(READY)  ## checks against software that others wrote, on a real model
+	$(RUN) -m pytest -q tests/oracles
+
+bench-smoke: $(READY)  ## every benchmark once, without timing, and the gate on machine-independent figures
+	$(RUN) -m pytest -q bench --benchmark-disable
+
+bench: $(READY)  ## benchmarks with timing; see bench/README.md
+	$(RUN) -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+# The build tools go in first, so that the five editable distributions need no build environment each.
+$(READY): constraints.txt pyproject.toml $(MEMBERS:%=%/pyproject.toml)
+	$(PYTHON) -c 'import sys; sys.exit("lowbit needs Python 3.10 or newer, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt hatchling editables
+	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e ".[all,hf,test]" $(MEMBERS:%=-e %)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

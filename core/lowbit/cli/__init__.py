@@ -1,0 +1,68 @@
+"""The ``lowbit`` command. Each subcommand is a thin call into core; torch is imported inside them, so that help is instant."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from lowbit import __version__
+from lowbit.cli.convert import convert_command
+from lowbit.cli.diff import diff_command
+from lowbit.cli.doctor import doctor_command
+from lowbit.cli.inspect import inspect_command
+from lowbit.cli.plugins import plugins_command
+from lowbit.errors import LowbitError
+
+EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
+CONTEXT = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda name: name.replace("_", "-"),
+    "max_content_width": 110,
+}
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, package_name="lowbit", prog_name="lowbit")
+def cli() -> None:
+    """Quantize language models, convert low-bit weights between formats exactly, and prove what was written."""
+
+
+for command in (convert_command, inspect_command, diff_command, plugins_command, doctor_command):
+    cli.add_command(command)
+
+
+def main() -> NoReturn:
+    """Run the command line: a user's mistake is one sentence on stderr and exit code 2, never a traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = _interrupted()
+    except KeyboardInterrupt:
+        code = _interrupted()
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except LowbitError as error:
+        code = _fail(str(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(sentence: str) -> int:
+    if "--json" in sys.argv:
+        click.echo(json.dumps({"error": sentence}, ensure_ascii=False))
+    click.echo(f"Error: {sentence}", err=True)
+    return EXIT_ERROR
+
+
+def _interrupted() -> int:
+    click.echo("Interrupted; the destination is as it was.", err=True)
+    return EXIT_INTERRUPTED
+
+
+def _terminate(*_: Any) -> NoReturn:
+    sys.exit(EXIT_TERMINATED)  # an exception, so that temporary outputs are removed on the way out

@@ -1,0 +1,241 @@
+"""``lowbit convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lowbit.cli.console import human_bytes, human_count, json_option, print_json, print_table, progress_bar
+from lowbit.errors import OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lowbit.convert import Report
+    from lowbit.interfaces import Entry
+    from lowbit.plan import Plan, Step
+    from lowbit.recipe import Recipe
+
+DTYPES = ("float32", "float16", "bfloat16")
+SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@click.command("convert", short_help="Quantize, or move codes to another format exactly.")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option("--quantizer", "-q", help="Choose new codes with this quantizer; without it, convert transcodes exactly.")
+@click.option("--bits", "-b", help="Bits of a code.")
+@click.option("--group-size", "-g", help="Weights that share a scale; 'none' for the whole row.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any option of the quantizer; repeatable.")
+@click.option(
+    "--rule",
+    "rules",
+    multiple=True,
+    metavar="GLOB=QUANTIZER,KEY=VALUE",
+    help="Options for some tensors; the first match decides, GLOB=none keeps; repeatable.",
+)
+@click.option(
+    "--format", "-f", "format", default="native", show_default=True, help="FORMAT or FORMAT:VARIANT, such as gguf:q4_0."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Float type of the matrices that are not packed; default: as they are, float32 once dequantized.",
+)
+@click.option("--seed", type=int, help="Seed of a quantizer that draws random numbers.")
+@click.option("--shard-size", default="5GB", show_default=True, help="Most bytes of tensors in one file.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print route, bits and bytes of every tensor and the predicted memory; do nothing."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the destination if it exists.")
+@click.option("--quiet", is_flag=True, help="No progress bar and no table.")
+@json_option
+def convert_command(source: Path, destination: Path, as_json: bool, quiet: bool, dry_run: bool, **flags: Any) -> None:
+    """Convert SOURCE (a model folder, a .gguf or a .safetensors file) to DESTINATION.
+
+    With --quantizer the weights of linear layers get new codes; embeddings, norms and lm_head are left alone unless a --rule
+    names them. Without it the codes move to the other format exactly, or the conversion is refused. The destination is
+    reopened and compared before it appears; the table says "exact" or the measured error.
+    """
+    from lowbit.convert import execute, plan_conversion
+    from lowbit.plan import Target
+    from lowbit.plugins import installed
+    from lowbit.staging import check_destination
+
+    registry = installed()
+    target = Target.parse(flags["format"], _dtype(flags["dtype"]))
+    recipe = _recipe(flags)
+    if not dry_run:
+        check_destination(destination, flags["overwrite"])
+    with registry.open(source) as checkpoint:
+        plan = plan_conversion(checkpoint, target, recipe, registry)
+        if dry_run:
+            _show_plan(plan, as_json)
+            return
+        with progress_bar(plan.source_nbytes + plan.nbytes, quiet or as_json) as advance:
+
+            def progress(phase: str, step: Step) -> None:
+                entry = step.source if phase == "convert" else step.target
+                advance(entry.nbytes, f"{phase} {step.name}")
+
+            shard_size = parse_size(flags["shard_size"])
+            report = execute(plan, checkpoint, destination, registry, flags["overwrite"], shard_size, progress)
+    if as_json:
+        print_json(_report_json(report, destination))
+    elif not quiet:
+        _show_report(report, destination)
+
+
+def parse_size(text: str) -> int:
+    """Parse a size such as ``5GB``, ``200MB`` or a number of bytes; raises OptionError."""
+    number = text.strip().upper().rstrip("KMGB")
+    unit = text.strip().upper()[len(number) :]
+    try:
+        size = int(float(number) * SIZE_UNITS[unit])
+    except (KeyError, ValueError):
+        size = 0
+    if size <= 0:
+        raise OptionError(f"--shard-size must be a size such as 5GB or 200MB, got {text!r}")
+    return size
+
+
+def _recipe(flags: dict[str, Any]) -> Recipe:
+    from lowbit.options import parse_settings
+    from lowbit.recipe import Recipe, Rule, parse_rules
+
+    given = {name: str(flags[name]) for name in ("bits", "group_size", "seed") if flags[name] is not None}
+    settings = parse_settings(flags["settings"])
+    if twice := given.keys() & settings.keys():
+        raise OptionError(f"{min(twice)} is given both as a flag and with --set; give it once")
+    if flags["quantizer"] is None:
+        if given or settings:
+            raise OptionError(f"{min(given | settings)} is an option of a quantizer; name one with --quantizer")
+        return Recipe(None, parse_rules(flags["rules"]))
+    return Recipe(Rule("*", flags["quantizer"], {**given, **settings}), parse_rules(flags["rules"]))
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    from lowbit.parts import torch_dtype
+
+    return torch_dtype(name)
+
+
+def describe(entry: Entry) -> str:
+    """Return the layout and scheme of a packed entry, or the dtype of a plain one."""
+    from lowbit.tensors import PackedSpec
+
+    if isinstance(entry, PackedSpec):
+        return f"{entry.layout} ({entry.scheme.summary()})"
+    return str(entry.dtype).removeprefix("torch.")
+
+
+def _show_plan(plan: Plan, as_json: bool) -> None:
+    document = {
+        "format": plan.exporter.format,
+        "tensors": [_step_json(step) for step in plan.steps],
+        "source_bytes": plan.source_nbytes,
+        "bytes": plan.nbytes,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "predicted_peak_memory": plan.peak_memory,
+    }
+    if as_json:
+        print_json(document)
+        return
+    rows = [
+        (
+            step.name,
+            step.action.value,
+            describe(step.source),
+            describe(step.target),
+            _bits(step),
+            human_bytes(step.target.nbytes),
+        )
+        for step in plan.steps
+    ]
+    total = ("total", "", human_bytes(plan.source_nbytes), "", f"{plan.bits_per_weight:.3f}", human_bytes(plan.nbytes))
+    print_table("", ("tensor", "action", "from", "to", ">bits", ">bytes"), rows, total)
+    click.echo(f"Predicted peak memory: {human_bytes(plan.peak_memory)}. Nothing was written (--dry-run).")
+
+
+def _show_report(report: Report, destination: Path) -> None:
+    groups: dict[tuple[str, str, str], list[Any]] = {}
+    for outcome in report.outcomes:
+        step = outcome.step
+        groups.setdefault((step.action.value, describe(step.source), describe(step.target)), []).append(outcome)
+    rows = []
+    for (action, source, target), outcomes in groups.items():
+        weights = sum(outcome.step.weights for outcome in outcomes)
+        nbytes = sum(outcome.step.target.nbytes for outcome in outcomes)
+        error = sum((outcome.error for outcome in outcomes[1:]), outcomes[0].error)
+        cells = (
+            action,
+            source,
+            target,
+            str(len(outcomes)),
+            human_count(weights),
+            f"{8 * nbytes / max(1, weights):.3f}",
+        )
+        rows.append((*cells, human_bytes(nbytes), error.text()))
+    plan = report.plan
+    weights = sum(step.weights for step in plan.steps)
+    total = ("total", "", "", str(len(plan.steps)), human_count(weights), f"{plan.bits_per_weight:.3f}")
+    columns = ("action", "from", "to", ">tensors", ">weights", ">bits", ">bytes", ">error")
+    print_table("", columns, rows, (*total, human_bytes(plan.nbytes), report.error.text()))
+    click.echo(f"Wrote {destination}; reopened, and every byte is as meant.")
+
+
+def _bits(step: Step) -> str:
+    return f"{8 * step.target.nbytes / max(1, step.weights):.3f}"
+
+
+def _step_json(step: Step) -> dict[str, Any]:
+    return {
+        "name": step.name,
+        "action": step.action.value,
+        "shape": list(step.source.shape),
+        "from": entry_json(step.source),
+        "to": entry_json(step.target),
+    }
+
+
+def entry_json(entry: Entry) -> dict[str, Any]:
+    """Return a JSON description of a plain or packed entry."""
+    from lowbit.tensors import PackedSpec
+
+    if isinstance(entry, PackedSpec):
+        bits = round(entry.bits_per_weight, 4)
+        return {
+            "layout": entry.layout,
+            "scheme": entry.scheme.to_json(),
+            "bytes": entry.nbytes,
+            "bits_per_weight": bits,
+        }
+    dtype = describe(entry)
+    return {"dtype": dtype, "bytes": entry.nbytes, "bits_per_weight": 8 * entry.dtype.itemsize}
+
+
+def _report_json(report: Report, destination: Path) -> dict[str, Any]:
+    tensors = []
+    for outcome in report.outcomes:
+        error = {
+            "exact": outcome.error.exact,
+            "max_abs": outcome.error.max_abs,
+            "relative_rmse": outcome.error.relative,
+        }
+        tensors.append({**_step_json(outcome.step), "error": error})
+    total = report.error
+    return {
+        "destination": str(destination),
+        "format": report.plan.exporter.format,
+        "bytes": report.plan.nbytes,
+        "bits_per_weight": round(report.plan.bits_per_weight, 4),
+        "exact": total.exact,
+        "max_abs": total.max_abs,
+        "relative_rmse": total.relative,
+        "verified": True,
+        "tensors": tensors,
+    }

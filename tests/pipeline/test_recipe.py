@@ -1,0 +1,77 @@
+import pytest
+
+from lowbit.errors import OptionError, UnknownComponentError
+from lowbit.plan import Target
+from lowbit.recipe import Recipe, Rule, is_linear_name, parse_rules
+
+
+@pytest.fixture
+def entries(registry, source):
+    with registry.open(source) as checkpoint:
+        return checkpoint.entries
+
+
+def test_the_default_takes_linears_and_leaves_the_rest(registry, entries):
+    choices = Recipe(Rule("*", "round")).choose(entries, registry)
+    assert set(choices) == {"model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"}
+
+
+def test_rules_choose_tensors_and_inherit_the_default_settings(registry, entries):
+    recipe = Recipe(Rule("*", "round", {"group_size": "4"}), parse_rules(["*.down_proj.weight=round,bits=3"]))
+    choices = recipe.choose(entries, registry)
+    down = choices["model.layers.0.mlp.down_proj.weight"].options
+    up = choices["model.layers.0.mlp.up_proj.weight"].options
+    assert (down.bits, down.group_size) == (3, 4)
+    assert (up.bits, up.group_size) == (4, 4)
+
+
+def test_the_first_matching_rule_decides_and_none_keeps(registry, entries):
+    rules = parse_rules(
+        ["*.down_proj.weight=none", "*_proj.weight=round,bits=2", "model.embed_tokens.weight=round,bits=8"]
+    )
+    choices = Recipe(None, rules).choose(entries, registry)
+    assert {name: choice.options.bits for name, choice in choices.items()} == {
+        "model.layers.0.mlp.up_proj.weight": 2,
+        "model.embed_tokens.weight": 8,
+    }
+
+
+def test_a_rule_that_matches_nothing_is_a_mistake(registry, entries):
+    with pytest.raises(OptionError, match=r"'model\.layer\.\*' matches no 2-D weight"):
+        Recipe(None, parse_rules(["model.layer.*=round"])).choose(entries, registry)
+
+
+def test_unknown_quantizers_list_the_known(registry, entries):
+    with pytest.raises(UnknownComponentError, match="installed: round"):
+        Recipe(Rule("*", "rund")).choose(entries, registry)
+
+
+@pytest.mark.parametrize("text", ["*", "=round", "*=", "*=bits=3", "*=round,bits"])
+def test_malformed_rules_are_refused(text):
+    with pytest.raises(OptionError):
+        Rule.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "linear"),
+    [
+        ("model.layers.3.self_attn.q_proj.weight", True),
+        ("model.layers.3.mlp.gate_proj.weight", True),
+        ("model.layers.3.mlp.gate.weight", False),
+        ("model.layers.3.input_layernorm.weight", False),
+        ("model.embed_tokens.weight", False),
+        ("transformer.wte.weight", False),
+        ("lm_head.weight", False),
+        ("model.layers.3.self_attn.q_proj.bias", False),
+    ],
+)
+def test_names_of_linears(name, linear):
+    assert is_linear_name(name) is linear
+
+
+def test_a_variant_fills_the_settings_and_contradictions_are_refused(registry):
+    scheme = Target.parse("wide-only:four").scheme(registry.exporters["wide-only"])
+    fitted = Recipe(Rule("*", "round")).fitted(scheme, registry)
+    assert fitted.default.settings == {"bits": "4", "group_size": "8", "symmetric": "true"}
+    with pytest.raises(OptionError, match="round is asked for bits=3, but the format needs bits=4"):
+        Recipe(Rule("*", "round", {"bits": "3"})).fitted(scheme, registry)
