@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 MEMBERS := plugins/kbit plugins/spqr plugins/autoround plugins/qtip
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types pytest test-oracles bench-smoke bench clean
+.PHONY: demo test lint types pytest test-oracles bench-smoke bench matrix picture clean
 
 demo: $(READY)  ## convert a real language model and show what it costs
 	$(RUN) bench/demo.py
@@ -30,6 +30,12 @@ bench-smoke: $(READY)  ## every benchmark once, without timing, and the gate on 
 
 bench: $(READY)  ## benchmarks with timing; see bench/README.md
 	$(RUN) -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+matrix: $(READY)  ## write the current matrix into the README
+	$(RUN) bench/update_matrix.py
+
+picture: $(READY)  ## run the demo and keep its table as bench/demo.svg
+	$(RUN) bench/demo.py --picture bench/demo.svg
 
 # The build tools go in first, so that the five editable distributions need no build environment each.
 $(READY): constraints.txt pyproject.toml $(MEMBERS:%=%/pyproject.toml)

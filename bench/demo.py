@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import os
 import shutil
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from models import smollm2
+from rich.console import Console
 
 from lowbit.cli.console import human_bytes, print_table, progress_bar
 from lowbit.convert import Report, execute, plan_conversion
@@ -20,6 +23,7 @@ from lowbit.plan import Step, Target
 from lowbit.plugins import installed
 from lowbit.recipe import Recipe, Rule
 
+TITLE = "SmolLM2-135M-Instruct, converted"
 PROMPT = "The capital of France is"
 TOKENS = 14
 CASES = (
@@ -33,7 +37,10 @@ CASES = (
 
 
 def main() -> None:
-    """Run the demo in a temporary folder."""
+    """Run the demo in a temporary folder; ``--picture FILE`` keeps the table as an SVG."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--picture", type=Path)
+    picture = parser.parse_args().picture
     source = smollm2()
     print(
         f"Source: {source.name}, {human_bytes(source.stat().st_size)}: a Q4_1 GGUF with 30 layers and a tied embedding.\n"
@@ -41,7 +48,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="lowbit-demo-") as folder:
         rows = [demonstrate(source, Path(folder), *case) for case in CASES]
     columns = ("written as", ">bits/weight", ">size", ">error", ">seconds", f"“{PROMPT} ...”")
-    print_table("SmolLM2-135M-Instruct, converted", columns, rows)
+    print_table(TITLE, columns, rows)
+    if picture:
+        recorder = Console(record=True, width=150, file=io.StringIO())
+        print_table(TITLE, columns, rows, to=recorder)
+        recorder.save_svg(str(picture), title="make demo")
     print(
         "Error is the relative RMSE of the linear weights against the source, itself a 4-bit model; “exact” means that every\n"
         "dequantized bit agrees. Every file was reopened and compared before it appeared. Next: lowbit convert --help"

@@ -19,6 +19,7 @@ import lowbit
 from lowbit.errors import OutputError, SchemeError, VerificationError, WeightError
 from lowbit.grids import dequantize
 from lowbit.interfaces import DEFAULT_SHARD_SIZE, Checkpoint, MatmulProblem, Metadata, Value
+from lowbit.lift import lift
 from lowbit.metrics import ErrorSum, compare, measure
 from lowbit.parts import TensorSpec
 from lowbit.plan import Action, Plan, Step, Target, make_plan
@@ -26,7 +27,7 @@ from lowbit.prefetch import prefetch
 from lowbit.recipe import NOTHING, Recipe
 from lowbit.registry import Registry
 from lowbit.staging import check_destination, staged
-from lowbit.tensors import PackedTensor
+from lowbit.tensors import PackedSpec, PackedTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +212,9 @@ class _Work:
 
     def _transcode(self, step: Step, value: PackedTensor) -> tuple[Value, ErrorSum]:
         assert step.packer is not None
+        assert isinstance(step.target, PackedSpec)
         quantized = self.registry.packers[value.layout].unpack(value)
-        result = step.packer.pack(quantized)
+        result = step.packer.pack(lift(quantized, step.target.scheme))
         return result, measure(dequantize(quantized), step.packer.unpack(result))
 
     def _floats(self, value: Value) -> Tensor:

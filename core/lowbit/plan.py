@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
 
+from lowbit import lift
 from lowbit.errors import NoRouteError, OptionError
 from lowbit.interfaces import Checkpoint, Entry, Exporter, MatmulProblem, Metadata, Packer
 from lowbit.parts import TensorSpec, part_specs
 from lowbit.recipe import Choice, Recipe, is_linear_name
-from lowbit.registry import Registry
+from lowbit.registry import Registry, Route
 from lowbit.scheme import Scheme
 from lowbit.tensors import PackedSpec
 
@@ -144,6 +145,7 @@ class _Planner:
     target: Target
     wanted: Scheme | None
     quantizes: bool
+    lifted: dict[tuple[Scheme, tuple[int, int]], Scheme] = field(default_factory=dict)
 
     def step(self, name: str, entry: Entry, choice: Choice | None) -> Step:
         if choice is not None:
@@ -173,24 +175,42 @@ class _Planner:
         return Step(name, Action.QUANTIZE, entry, packer.spec(scheme, shape), choice, packer)
 
     def _move(self, name: str, entry: PackedSpec) -> Step:
+        scheme = self._exact_scheme(name, entry)
         exporter = self.registry.exporters[self.target.format]
-        if self.wanted not in (None, entry.scheme) and not self.quantizes and is_linear_name(name):
-            assert self.wanted is not None
-            raise NoRouteError(
-                f"{name} is {entry.scheme.summary()} and {self.target.format}:{self.target.variant} is "
-                f"{self.wanted.summary()}: no exact way leads there",
-                {},
-                "give --quantizer to choose new codes, or leave the variant out to keep these",
-            )
         stores_layout = exporter.layouts is None or entry.layout in exporter.layouts
-        if stores_layout and exporter.why_not(entry.scheme, entry.shape) is None:
+        if scheme == entry.scheme and stores_layout and exporter.why_not(scheme, entry.shape) is None:
             return Step(name, Action.COPY, entry, entry)
-        packer = self._route(name, entry.scheme, entry.shape)
+        packer = self._route(name, scheme, entry.shape)
         self._require_readable(entry)
         if packer is None:
-            spec = TensorSpec(self.target.dtype or torch.float32, entry.shape)
-            return Step(name, Action.DEQUANTIZE, entry, spec)
-        return Step(name, Action.TRANSCODE, entry, packer.spec(entry.scheme, entry.shape), packer=packer)
+            return Step(name, Action.DEQUANTIZE, entry, TensorSpec(self.target.dtype or torch.float32, entry.shape))
+        return Step(name, Action.TRANSCODE, entry, packer.spec(scheme, entry.shape), packer=packer)
+
+    def _exact_scheme(self, name: str, entry: PackedSpec) -> Scheme:
+        """Return the scheme to store a packed weight in: its own, the variant's, or the smallest that means the same."""
+        if self.wanted is not None and not self.quantizes and is_linear_name(name):
+            if reason := lift.why_not(entry.scheme, self.wanted, entry.shape):
+                variant = f"{self.target.format}:{self.target.variant}"
+                question = f"{name} is {entry.scheme.summary()} and {variant} is {self.wanted.summary()}: no exact way leads there"
+                hint = "give --quantizer to choose new codes, or leave the variant out"
+                raise NoRouteError(question, {variant: reason}, hint)
+            return self.wanted
+        key = (entry.scheme, entry.shape)
+        if key not in self.lifted:
+            self.lifted[key] = self._smallest_exact(*key)
+        return self.lifted[key]
+
+    def _smallest_exact(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+        if isinstance(self.registry.ask(scheme, shape, self.target.format), Route):
+            return scheme
+        sizes = {}
+        variants = self.registry.exporters[self.target.format].variants().values()
+        for other in (*variants, *lift.candidates(scheme, shape)):
+            if lift.why_not(scheme, other, shape) is None:
+                route = self.registry.ask(other, shape, self.target.format)
+                if isinstance(route, Route) and route.packer is not None:
+                    sizes[other] = route.packer.spec(other, shape).nbytes
+        return min(sizes, key=lambda other: sizes[other]) if sizes else scheme
 
     def _require_readable(self, entry: PackedSpec) -> None:
         """Refuse now, not in the middle of the work, when no plugin can unpack the layout."""

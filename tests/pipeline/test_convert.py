@@ -62,10 +62,13 @@ def test_packed_weights_can_be_quantized_again_when_asked(registry, packed_sourc
 
 def test_a_variant_never_answers_a_different_question(registry, packed_source, tmp_path, source):
     convert(packed_source, tmp_path / "four", Target("wide-only", "four"), registry)
-    three = Recipe(Rule("*", "round", {"bits": "3"}))
-    convert(source, tmp_path / "three", Target("any"), registry, three)
+    for bits, name in (("3", "three"), ("5", "five")):
+        convert(source, tmp_path / name, Target("any"), registry, Recipe(Rule("*", "round", {"bits": bits})))
+    wider = convert(tmp_path / "three", tmp_path / "widened", Target("wide-only", "four"), registry)
+    assert wider.error.exact
+    assert wider.plan.entries[UP].scheme.bits == 4
     with pytest.raises(NoRouteError, match=r"no exact way leads there.*give --quantizer"):
-        convert(tmp_path / "three", tmp_path / "out", Target("wide-only", "four"), registry)
+        convert(tmp_path / "five", tmp_path / "out", Target("wide-only", "four"), registry)
     with pytest.raises(OptionError, match="needs quantized weights and source has none"):
         convert(source, tmp_path / "out", Target("wide-only", "four"), registry)
     assert not (tmp_path / "out").exists()

@@ -38,7 +38,13 @@ def console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=None if stream.isatty() else 160, highlight=False)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], footer: Sequence[str] = ()) -> None:
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    footer: Sequence[str] = (),
+    to: Console | None = None,
+) -> None:
     """Print a table; columns whose header starts with ``>`` are right-aligned, an empty title is left out."""
     from rich import box
     from rich.table import Table
@@ -56,7 +62,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         )
     for row in rows:
         table.add_row(*row)
-    console().print(table)
+    (to or console()).print(table)
 
 
 def human_bytes(count: int) -> str:
