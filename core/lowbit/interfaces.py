@@ -7,11 +7,11 @@ otherwise one sentence that names the thing, the value and the way out. It never
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch import Tensor
 from lowbit.parts import TensorSpec
 from lowbit.scheme import Scheme
 from lowbit.tensors import PackedSpec, PackedTensor, QuantizedTensor
+
+if TYPE_CHECKING:
+    from lowbit.loaders import LoaderRule
 
 Entry: TypeAlias = "TensorSpec | PackedSpec"
 Value: TypeAlias = "Tensor | PackedTensor"
@@ -248,6 +251,10 @@ class Exporter(ABC):
     def variants(self) -> Mapping[str, Scheme]:
         """Return named schemes for ``--format FORMAT:VARIANT``, such as ``q4_0``; the default has none."""
         return {}
+
+    def loaders(self) -> Sequence[LoaderRule]:
+        """Return the rules of the programs that load this format, for ``--for LOADER``; the default knows none."""
+        return ()
 
     def check(self, entries: Mapping[str, Entry], metadata: Metadata) -> None:
         """Raise NoRouteError or CheckpointError, before any work, when the checkpoint as a whole cannot be written."""

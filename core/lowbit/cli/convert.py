@@ -45,6 +45,10 @@ SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     help="Float type of the matrices that are not packed; default: as they are, float32 once dequantized.",
 )
 @click.option("--seed", type=int, help="Seed of a quantizer that draws random numbers.")
+@click.option(
+    "--for", "loader", help="Refuse, before any work, what this program would not load (vllm, llama.cpp, ...)."
+)
+@click.option("--tp", type=int, default=1, show_default=True, help="Tensor-parallel degree for --for.")
 @click.option("--shard-size", default="5GB", show_default=True, help="Most bytes of tensors in one file.")
 @click.option(
     "--dry-run", is_flag=True, help="Print route, bits and bytes of every tensor and the predicted memory; do nothing."
@@ -60,6 +64,7 @@ def convert_command(source: Path, destination: Path, as_json: bool, quiet: bool,
     reopened and compared before it appears; the table says "exact" or the measured error.
     """
     from lowbit.convert import execute, plan_conversion
+    from lowbit.loaders import check_loader
     from lowbit.plan import Target
     from lowbit.plugins import installed
     from lowbit.staging import check_destination
@@ -71,6 +76,10 @@ def convert_command(source: Path, destination: Path, as_json: bool, quiet: bool,
         check_destination(destination, flags["overwrite"])
     with registry.open(source) as checkpoint:
         plan = plan_conversion(checkpoint, target, recipe, registry)
+        if flags["loader"]:
+            verdict = check_loader(flags["loader"], target.format, plan.entries, plan.metadata, registry, flags["tp"])
+            for warning in verdict.warnings:
+                click.echo(f"Warning: {warning}.", err=True)
         if dry_run:
             _show_plan(plan, as_json)
             return
