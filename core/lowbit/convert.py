@@ -78,9 +78,6 @@ def convert(
 
 def plan_conversion(checkpoint: Checkpoint, target: Target, recipe: Recipe, registry: Registry) -> Plan:
     """Return the plan of a conversion: what ``--dry-run`` prints."""
-    scheme = target.scheme(registry.exporters[target.format])
-    if scheme is not None:
-        recipe = recipe.fitted(scheme, registry)
     plan = make_plan(checkpoint, recipe, target, registry)
     return replace(plan, metadata=_with_provenance(plan, target))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
@@ -63,6 +63,19 @@ class Quantizer(ABC, Generic[OptionsT]):
     @abstractmethod
     def quantize(self, weight: Tensor, options: OptionsT, calibration: Calibration | None = None) -> QuantizedTensor:
         """Quantize ``weight`` (out, in), any float dtype, on its own device. Raises WeightError for NaN or infinity."""
+
+    def fit(self, options: OptionsT, scheme: Scheme) -> OptionsT | None:
+        """Return ``options`` changed so that they give ``scheme``, or None; a format's variant (``gguf:q4_0``) asks for it.
+
+        The default sets the fields that are named as the scheme's: bits, group_size, symmetric, zero, scale_dtype.
+        """
+        says: dict[str, Any] = {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric}
+        says["scale_dtype"] = scheme.scales.dtype
+        if not scheme.symmetric:
+            says["zero"] = scheme.zero.value
+        known = {field.name for field in fields(options)}  # type: ignore[arg-type]  # Options is a dataclass
+        changed: OptionsT = replace(options, **{name: value for name, value in says.items() if name in known})  # type: ignore[type-var]
+        return changed
 
     def quantize_block(
         self,
@@ -251,6 +264,14 @@ class Exporter(ABC):
     def variants(self) -> Mapping[str, Scheme]:
         """Return named schemes for ``--format FORMAT:VARIANT``, such as ``q4_0``; the default has none."""
         return {}
+
+    def mixes(self) -> Sequence[str]:
+        """Return names of variants that give each tensor a scheme of its own, such as ``q4_k_m``; the default has none."""
+        return ()
+
+    def mix(self, name: str, entries: Mapping[str, Entry], metadata: Metadata) -> Mapping[str, Scheme]:
+        """Return the scheme of every tensor that the mix quantizes; tensors left out stay unquantized."""
+        raise KeyError(name)
 
     def loaders(self) -> Sequence[LoaderRule]:
         """Return the rules of the programs that load this format, for ``--for LOADER``; the default knows none."""

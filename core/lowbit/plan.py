@@ -12,7 +12,7 @@ from lowbit import lift
 from lowbit.errors import NoRouteError, OptionError
 from lowbit.interfaces import Checkpoint, Entry, Exporter, MatmulProblem, Metadata, Packer
 from lowbit.parts import TensorSpec, part_specs
-from lowbit.recipe import Choice, Recipe, is_linear_name
+from lowbit.recipe import Choice, Recipe, is_linear_name, is_matrix
 from lowbit.registry import Registry, Route
 from lowbit.scheme import Scheme
 from lowbit.tensors import PackedSpec
@@ -52,7 +52,7 @@ class Step:
         """Most bytes alive while the step runs: the source, the next source read ahead, parts, and the result."""
         alive = 2 * self.source.nbytes + self.target.nbytes
         if self.action in (Action.QUANTIZE, Action.TRANSCODE):
-            scheme = self.choice.quantizer.scheme(self.choice.options) if self.choice else _scheme(self.source)
+            scheme = self.choice.scheme if self.choice else _scheme(self.source)
             shape = (self.source.shape[0], self.source.shape[1])
             alive += sum(spec.nbytes for spec in part_specs(scheme, shape).values())
         if isinstance(self.source, PackedSpec) and self.action in (Action.QUANTIZE, Action.DEQUANTIZE):
@@ -108,15 +108,18 @@ class Target:
         format, _, variant = text.partition(":")
         return cls(format, variant or None, dtype)
 
-    def scheme(self, exporter: Exporter) -> Scheme | None:
-        """Return the scheme that the variant names; raise OptionError for an unknown variant."""
+    def wanted(self, exporter: Exporter, checkpoint: Checkpoint) -> dict[str, Scheme]:
+        """Return the scheme that the variant asks of each tensor; raise OptionError for an unknown variant."""
         if self.variant is None:
-            return None
-        variants = exporter.variants()
-        if self.variant not in variants:
-            known = ", ".join(variants) or "none"
-            raise OptionError(f"format {self.format!r} has no variant {self.variant!r}; it has {known}")
-        return variants[self.variant]
+            return {}
+        variants, entries = exporter.variants(), checkpoint.entries
+        if self.variant in variants:
+            names = (name for name, entry in entries.items() if is_matrix(entry) and is_linear_name(name))
+            return dict.fromkeys(names, variants[self.variant])
+        if self.variant in exporter.mixes():
+            return dict(exporter.mix(self.variant, entries, checkpoint.metadata))
+        known = ", ".join((*variants, *exporter.mixes())) or "none"
+        raise OptionError(f"format {self.format!r} has no variant {self.variant!r}; it has {known}")
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, target: Target, registry: Registry) -> Plan:
@@ -126,9 +129,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, target: Target, registry: 
     wrongly, and what the exporter's ``check`` raises for the checkpoint as a whole.
     """
     exporter = registry.exporters[target.format]
-    wanted = target.scheme(exporter)
-    choices = recipe.choose(checkpoint.entries, registry)
-    planner = _Planner(registry, target, wanted, recipe.quantizes)
+    wanted = target.wanted(exporter, checkpoint)
+    choices = recipe.choose(checkpoint.entries, registry, wanted)
+    planner = _Planner(registry, target, wanted if not recipe.quantizes else {})
     steps = tuple(planner.step(name, entry, choices.get(name)) for name, entry in checkpoint.entries.items())
     plan = Plan(steps, exporter, checkpoint.metadata)
     if wanted and not any(step.action is not Action.COPY or isinstance(step.source, PackedSpec) for step in steps):
@@ -143,8 +146,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, target: Target, registry: 
 class _Planner:
     registry: Registry
     target: Target
-    wanted: Scheme | None
-    quantizes: bool
+    wanted: dict[str, Scheme]
     lifted: dict[tuple[Scheme, tuple[int, int]], Scheme] = field(default_factory=dict)
 
     def step(self, name: str, entry: Entry, choice: Choice | None) -> Step:
@@ -155,16 +157,11 @@ class _Planner:
         return self._keep(name, entry)
 
     def _quantize(self, name: str, entry: Entry, choice: Choice) -> Step:
-        scheme, shape = choice.quantizer.scheme(choice.options), (entry.shape[0], entry.shape[1])
+        scheme, shape = choice.scheme, (entry.shape[0], entry.shape[1])
         if choice.quantizer.needs:
             raise OptionError(
                 f"quantizer {choice.quantizer.name!r} needs calibration ({', '.join(sorted(choice.quantizer.needs))}) for "
                 f"{name}; choose options of it that need none"
-            )
-        if self.wanted is not None and scheme != self.wanted:
-            raise OptionError(
-                f"{self.target.format}:{self.target.variant} is {self.wanted.summary()}, but {choice.quantizer.name} "
-                f"gives {scheme.summary()} for {name}; leave the variant out or change the options"
             )
         if isinstance(entry, PackedSpec):
             self._require_readable(entry)
@@ -188,13 +185,15 @@ class _Planner:
 
     def _exact_scheme(self, name: str, entry: PackedSpec) -> Scheme:
         """Return the scheme to store a packed weight in: its own, the variant's, or the smallest that means the same."""
-        if self.wanted is not None and not self.quantizes and is_linear_name(name):
-            if reason := lift.why_not(entry.scheme, self.wanted, entry.shape):
+        if wanted := self.wanted.get(name):
+            if reason := lift.why_not(entry.scheme, wanted, entry.shape):
                 variant = f"{self.target.format}:{self.target.variant}"
-                question = f"{name} is {entry.scheme.summary()} and {variant} is {self.wanted.summary()}: no exact way leads there"
+                question = (
+                    f"{name} is {entry.scheme.summary()} and {variant} is {wanted.summary()}: no exact way leads there"
+                )
                 hint = "give --quantizer to choose new codes, or leave the variant out"
                 raise NoRouteError(question, {variant: reason}, hint)
-            return self.wanted
+            return wanted
         key = (entry.scheme, entry.shape)
         if key not in self.lifted:
             self.lifted[key] = self._smallest_exact(*key)

@@ -7,9 +7,9 @@ Rules are globs over Hugging Face tensor names; the first that matches decides. 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from lowbit.errors import OptionError
@@ -55,10 +55,32 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A quantizer with its options, settled for one tensor."""
+    """A quantizer with its options, settled for one tensor; ``given`` are the options that the user set."""
 
     quantizer: Quantizer[Any]
     options: Any
+    given: frozenset[str] = frozenset()
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme that the quantizer gives with these options."""
+        return self.quantizer.scheme(self.options)
+
+    def fitted(self, scheme: Scheme, name: str) -> Choice:
+        """Return this choice with options that give ``scheme``; raise OptionError when there are none."""
+        if self.scheme == scheme:
+            return self
+        options = self.quantizer.fit(self.options, scheme)
+        if options is None or self.quantizer.scheme(options) != scheme:
+            raise OptionError(
+                f"{name} must become {scheme.summary()}, and quantizer {self.quantizer.name!r} with these options gives "
+                f"{self.scheme.summary()}; choose another quantizer, or leave the format's variant out"
+            )
+        for key in sorted(self.given):
+            asked, needed = getattr(self.options, key), getattr(options, key)
+            if asked != needed:
+                raise OptionError(f"{self.quantizer.name} is asked for {key}={asked}, but {name} needs {key}={needed}")
+        return Choice(self.quantizer, options, self.given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,33 +95,34 @@ class Recipe:
         """Whether any rule quantizes."""
         return self.default is not None or any(rule.quantizer != KEEP for rule in self.rules)
 
-    def choose(self, entries: Mapping[str, Entry], registry: Registry) -> dict[str, Choice]:
+    def choose(
+        self, entries: Mapping[str, Entry], registry: Registry, wanted: Mapping[str, Scheme] = MappingProxyType({})
+    ) -> dict[str, Choice]:
         """Return the choice for every tensor that will be quantized.
 
-        Raises OptionError for a rule that matches no weight or options that make no sense, UnknownComponentError for an
-        unknown quantizer.
+        ``wanted`` holds the schemes that the format's variant asks for, by tensor; the default quantizer takes these tensors
+        too, and every choice for one of them is fitted to its scheme. Raises OptionError for a rule that matches no weight,
+        options that make no sense, or a quantizer that cannot give the wanted scheme; UnknownComponentError for an unknown
+        quantizer.
         """
         choices = {id(rule): self._choice(rule, registry) for rule in (*self.rules, self.default) if rule}
         weights = [name for name, entry in entries.items() if is_matrix(entry)]
         for rule in self.rules:
             if not any(fnmatchcase(name, rule.pattern) for name in weights):
                 raise OptionError(f"rule {rule.pattern!r} matches no 2-D weight; lowbit inspect lists the names")
-        chosen = {name: self._rule_for(name) for name in weights}
-        return {name: choice for name, rule in chosen.items() if rule and (choice := choices[id(rule)])}
+        chosen = {}
+        for name in weights:
+            decides = self._rule_for(name, name in wanted)
+            choice = choices[id(decides)] if decides else None
+            if choice is not None:
+                chosen[name] = choice.fitted(wanted[name], name) if name in wanted else choice
+        return chosen
 
-    def fitted(self, scheme: Scheme, registry: Registry) -> Recipe:
-        """Return this recipe with what ``scheme`` says filled in: the format's variant (``gguf:q4_0``) asks for it.
-
-        Raises OptionError where a rule asks for something else.
-        """
-        fit = partial(_fit, scheme=scheme, registry=registry)
-        return Recipe(fit(self.default) if self.default else None, tuple(fit(rule) for rule in self.rules))
-
-    def _rule_for(self, name: str) -> Rule | None:
+    def _rule_for(self, name: str, wanted: bool) -> Rule | None:
         for rule in self.rules:
             if fnmatchcase(name, rule.pattern):
                 return rule
-        return self.default if is_linear_name(name) else None
+        return self.default if wanted or is_linear_name(name) else None
 
     def _choice(self, rule: Rule, registry: Registry) -> Choice | None:
         if rule.quantizer == KEEP:
@@ -108,7 +131,7 @@ class Recipe:
         settings = dict(rule.settings)
         if self.default and self.default.quantizer == rule.quantizer:
             settings = {**self.default.settings, **settings}
-        return Choice(quantizer, build_options(quantizer.Options, settings, quantizer.name))
+        return Choice(quantizer, build_options(quantizer.Options, settings, quantizer.name), frozenset(settings))
 
 
 NOTHING = Recipe()
@@ -128,24 +151,3 @@ def is_linear_name(name: str) -> bool:
 def parse_rules(texts: Iterable[str]) -> tuple[Rule, ...]:
     """Parse every ``--rule``."""
     return tuple(Rule.parse(text) for text in texts)
-
-
-def _fit(rule: Rule, scheme: Scheme, registry: Registry) -> Rule:
-    if rule.quantizer == KEEP:
-        return rule
-    options_type = registry.quantizers[rule.quantizer].Options
-    says = {
-        "bits": str(scheme.bits),
-        "group_size": "none" if scheme.group_size is None else str(scheme.group_size),
-        "symmetric": str(scheme.symmetric).lower(),
-        "scale_dtype": scheme.scales.dtype,
-    }
-    if not scheme.symmetric:
-        says["zero"] = scheme.zero.value
-    says = {name: value for name, value in says.items() if name in options_type.__dataclass_fields__}
-    for name, value in says.items():
-        if rule.settings.get(name, value).lower() != value:
-            raise OptionError(
-                f"{rule.quantizer} is asked for {name}={rule.settings[name]}, but the format needs {name}={value}"
-            )
-    return replace(rule, settings={**rule.settings, **says})

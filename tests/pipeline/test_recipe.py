@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
+from lowbit import Grid, Scheme
 from lowbit.errors import OptionError, UnknownComponentError
-from lowbit.plan import Target
 from lowbit.recipe import Recipe, Rule, is_linear_name, parse_rules
 
 
@@ -69,9 +71,20 @@ def test_names_of_linears(name, linear):
     assert is_linear_name(name) is linear
 
 
-def test_a_variant_fills_the_settings_and_contradictions_are_refused(registry):
-    scheme = Target.parse("wide-only:four").scheme(registry.exporters["wide-only"])
-    fitted = Recipe(Rule("*", "round")).fitted(scheme, registry)
-    assert fitted.default.settings == {"bits": "4", "group_size": "8", "symmetric": "true"}
-    with pytest.raises(OptionError, match="round is asked for bits=3, but the format needs bits=4"):
-        Recipe(Rule("*", "round", {"bits": "3"})).fitted(scheme, registry)
+def test_a_variant_fits_the_options_and_contradictions_are_refused(registry, entries):
+    name = "model.layers.0.mlp.up_proj.weight"
+    four = registry.exporters["wide-only"].variants()["four"]
+    choices = Recipe(Rule("*", "round")).choose(entries, registry, {name: replace(four, bits=3, group_size=4)})
+    assert (choices[name].options.bits, choices[name].options.group_size) == (3, 4)
+    assert choices["model.layers.0.mlp.down_proj.weight"].options.bits == 4
+    with pytest.raises(OptionError, match=r"round is asked for bits=3, but model.*up_proj.weight needs bits=4"):
+        Recipe(Rule("*", "round", {"bits": "3"})).choose(entries, registry, {name: four})
+    with pytest.raises(OptionError, match=r"must become codebook 4-bit g8, and quantizer 'round' .* gives affine"):
+        Recipe(Rule("*", "round")).choose(entries, registry, {name: Scheme(Grid.CODEBOOK, 4, 8)})
+
+
+def test_a_mix_reaches_what_the_default_leaves_alone(registry, entries):
+    scheme = registry.exporters["wide-only"].variants()["four"]
+    assert "model.embed_tokens.weight" in Recipe(Rule("*", "round")).choose(
+        entries, registry, {"model.embed_tokens.weight": scheme}
+    )
