@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 import lowbit
 from lowbit.errors import OutputError, SchemeError, VerificationError, WeightError
 from lowbit.grids import dequantize
-from lowbit.interfaces import DEFAULT_SHARD_SIZE, Checkpoint, MatmulProblem, Metadata, Value
+from lowbit.interfaces import DEFAULT_SHARD_SIZE, Calibration, Checkpoint, MatmulProblem, Metadata, Value
 from lowbit.lift import lift
 from lowbit.metrics import ErrorSum, compare, measure
 from lowbit.parts import TensorSpec
@@ -62,23 +63,31 @@ def convert(
     registry: Registry,
     recipe: Recipe = NOTHING,
     *,
+    imatrix: Path | None = None,
     overwrite: bool = False,
     shard_size: int = DEFAULT_SHARD_SIZE,
     progress: Progress | None = None,
 ) -> Report:
     """Convert ``source`` to ``destination``, which appears complete and verified, or not at all.
 
-    Raises a LowbitError for everything that is the user's to solve, before any work where headers can tell.
+    ``imatrix`` is an importance matrix for quantizers that weigh columns by it. Raises a LowbitError for everything that is the user's to solve, before any work where headers can tell.
     """
     check_destination(destination, overwrite)
     with registry.open(source) as checkpoint:
-        plan = plan_conversion(checkpoint, target, recipe, registry)
-        return execute(plan, checkpoint, destination, registry, overwrite, shard_size, progress)
+        calibration = registry.calibration(imatrix, checkpoint) if imatrix else {}
+        plan = plan_conversion(checkpoint, target, recipe, registry, calibration)
+        return execute(plan, checkpoint, destination, registry, calibration, overwrite, shard_size, progress)
 
 
-def plan_conversion(checkpoint: Checkpoint, target: Target, recipe: Recipe, registry: Registry) -> Plan:
+def plan_conversion(
+    checkpoint: Checkpoint,
+    target: Target,
+    recipe: Recipe,
+    registry: Registry,
+    calibration: Mapping[str, Calibration] = MappingProxyType({}),
+) -> Plan:
     """Return the plan of a conversion: what ``--dry-run`` prints."""
-    plan = make_plan(checkpoint, recipe, target, registry)
+    plan = make_plan(checkpoint, recipe, target, registry, calibration)
     return replace(plan, metadata=_with_provenance(plan, target))
 
 
@@ -87,6 +96,7 @@ def execute(
     checkpoint: Checkpoint,
     destination: Path,
     registry: Registry,
+    calibration: Mapping[str, Calibration] = MappingProxyType({}),
     overwrite: bool = False,
     shard_size: int = DEFAULT_SHARD_SIZE,
     progress: Progress | None = None,
@@ -98,7 +108,7 @@ def execute(
     digests: dict[str, bytes] = {}
 
     def results() -> Generator[tuple[str, Value]]:
-        work = _Work(registry)
+        work = _Work(registry, calibration)
         with closing(prefetch(checkpoint.read(step.name) for step in plan.steps)) as values:
             for step, value in zip(plan.steps, values, strict=True):
                 result, error = work.run(step, value)
@@ -176,6 +186,7 @@ class _Work:
     """Carries out steps; one instance a conversion."""
 
     registry: Registry
+    calibration: Mapping[str, Calibration]
 
     def run(self, step: Step, value: Value) -> tuple[Value, ErrorSum]:
         try:
@@ -200,7 +211,7 @@ class _Work:
         assert step.choice is not None
         weight = self._floats(value)
         quantizer, options = step.choice.quantizer, step.choice.options
-        quantized = quantizer.quantize_block({step.name: weight}, {step.name: options}, {})[step.name]
+        quantized = quantizer.quantize_block({step.name: weight}, {step.name: options}, self.calibration)[step.name]
         if isinstance(step.target, TensorSpec):
             result = dequantize(quantized).to(step.target.dtype)
             return result, compare(weight, result)

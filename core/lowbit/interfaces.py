@@ -243,6 +243,14 @@ class Importer(ABC):
     def open(self, path: Path) -> Checkpoint:
         """Open ``path``; read headers, validate them, and return the checkpoint."""
 
+    def calibration(self, path: Path, checkpoint: Checkpoint) -> Mapping[str, Calibration] | None:
+        """Return what the file at ``path`` measured for the weights of ``checkpoint``, by name.
+
+        None, the default, when the file is no calibration in this format (such as llama.cpp's importance matrix). Raises
+        CheckpointError when it is one and does not fit the checkpoint.
+        """
+        return None
+
 
 class Exporter(ABC):
     """Writes one file format.

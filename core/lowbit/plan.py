@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 
 import torch
 
 from lowbit import lift
 from lowbit.errors import NoRouteError, OptionError
-from lowbit.interfaces import Checkpoint, Entry, Exporter, MatmulProblem, Metadata, Packer
+from lowbit.interfaces import Calibration, Checkpoint, Entry, Exporter, MatmulProblem, Metadata, Packer
 from lowbit.parts import TensorSpec, part_specs
 from lowbit.recipe import Choice, Recipe, is_linear_name, is_matrix
 from lowbit.registry import Registry, Route
@@ -122,8 +124,14 @@ class Target:
         raise OptionError(f"format {self.format!r} has no variant {self.variant!r}; it has {known}")
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, target: Target, registry: Registry) -> Plan:
-    """Decide every step.
+def make_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    target: Target,
+    registry: Registry,
+    calibration: Mapping[str, Calibration] = MappingProxyType({}),
+) -> Plan:
+    """Decide every step; ``calibration`` is what was measured beforehand, by tensor.
 
     Raises NoRouteError when the format cannot hold a scheme, OptionError and UnknownComponentError for what was asked
     wrongly, and what the exporter's ``check`` raises for the checkpoint as a whole.
@@ -131,7 +139,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, target: Target, registry: 
     exporter = registry.exporters[target.format]
     wanted = target.wanted(exporter, checkpoint)
     choices = recipe.choose(checkpoint.entries, registry, wanted)
-    planner = _Planner(registry, target, wanted if not recipe.quantizes else {})
+    planner = _Planner(registry, target, wanted if not recipe.quantizes else {}, calibration)
     steps = tuple(planner.step(name, entry, choices.get(name)) for name, entry in checkpoint.entries.items())
     plan = Plan(steps, exporter, checkpoint.metadata)
     if wanted and not any(step.action is not Action.COPY or isinstance(step.source, PackedSpec) for step in steps):
@@ -146,7 +154,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, target: Target, registry: 
 class _Planner:
     registry: Registry
     target: Target
-    wanted: dict[str, Scheme]
+    wanted: Mapping[str, Scheme]
+    calibration: Mapping[str, Calibration]
     lifted: dict[tuple[Scheme, tuple[int, int]], Scheme] = field(default_factory=dict)
 
     def step(self, name: str, entry: Entry, choice: Choice | None) -> Step:
@@ -158,10 +167,10 @@ class _Planner:
 
     def _quantize(self, name: str, entry: Entry, choice: Choice) -> Step:
         scheme, shape = choice.scheme, (entry.shape[0], entry.shape[1])
-        if choice.quantizer.needs:
+        if missing := choice.quantizer.needs - self._measured(name):
             raise OptionError(
-                f"quantizer {choice.quantizer.name!r} needs calibration ({', '.join(sorted(choice.quantizer.needs))}) for "
-                f"{name}; choose options of it that need none"
+                f"quantizer {choice.quantizer.name!r} needs calibration ({', '.join(sorted(missing))}) for {name}, and there "
+                "is none; give --imatrix for importance, or choose options that need nothing"
             )
         if isinstance(entry, PackedSpec):
             self._require_readable(entry)
@@ -170,6 +179,11 @@ class _Planner:
             dtype = self.target.dtype or (torch.float32 if isinstance(entry, PackedSpec) else entry.dtype)
             return Step(name, Action.QUANTIZE, entry, TensorSpec(dtype, shape), choice)
         return Step(name, Action.QUANTIZE, entry, packer.spec(scheme, shape), choice, packer)
+
+    def _measured(self, name: str) -> frozenset[str]:
+        """Return what calibration holds for a tensor, in the words of ``Quantizer.needs``."""
+        measured = self.calibration.get(name, Calibration())
+        return frozenset(what for what in ("importance", "hessian") if getattr(measured, what) is not None)
 
     def _move(self, name: str, entry: PackedSpec) -> Step:
         scheme = self._exact_scheme(name, entry)

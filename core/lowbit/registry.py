@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from lowbit.errors import CheckpointError, DuplicateComponentError, NoRouteError, PluginError, UnknownComponentError
-from lowbit.interfaces import Checkpoint, Exporter, Importer, Kernel, MatmulProblem, Packer, Quantizer
+from lowbit.interfaces import Calibration, Checkpoint, Exporter, Importer, Kernel, MatmulProblem, Packer, Quantizer
 from lowbit.scheme import Scheme
 
 T = TypeVar("T")
@@ -103,6 +103,19 @@ class Registry:
         raise CheckpointError(
             f"{path} holds no checkpoint that an installed format can read ({listed or 'none installed'})"
         )
+
+    def calibration(self, path: Path, checkpoint: Checkpoint) -> Mapping[str, Calibration]:
+        """Read a calibration file, such as an importance matrix, for the weights of ``checkpoint``.
+
+        Raises CheckpointError when the path does not exist or no installed format reads calibration from it.
+        """
+        if not path.is_file():
+            raise CheckpointError(f"{path} is no file; --imatrix takes an importance matrix")
+        for importer in self.importers.by_priority():
+            found = importer.calibration(path, checkpoint)
+            if found is not None:
+                return found
+        raise CheckpointError(f"{path} holds no importance matrix that an installed format can read")
 
     def route(self, scheme: Scheme, shape: tuple[int, int], format: str) -> Route:
         """Return how ``format`` stores weights of this scheme and shape; raise NoRouteError with every refusal."""

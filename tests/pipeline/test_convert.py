@@ -4,10 +4,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowbit import PackedSpec
+from lowbit import Calibration, PackedSpec
 from lowbit.convert import convert, plan_conversion
 from lowbit.diff import differences
-from lowbit.errors import NoRouteError, OptionError, OutputError, VerificationError, WeightError
+from lowbit.errors import CheckpointError, NoRouteError, OptionError, OutputError, VerificationError, WeightError
 from lowbit.plan import Action, Target
 from lowbit.recipe import NOTHING, Recipe, Rule, parse_rules
 
@@ -143,6 +143,32 @@ def test_calibration_that_cannot_be_collected_is_refused(registry, source, tmp_p
     monkeypatch.setattr(type(registry.quantizers["round"]), "needs", frozenset({"hessian"}))
     with pytest.raises(OptionError, match=r"needs calibration \(hessian\)"):
         convert(source, tmp_path / "out", Target("any"), registry, Recipe(Rule("*", "round")))
+
+
+def test_an_importance_matrix_reaches_the_quantizer(registry, source, tmp_path, monkeypatch):
+    importance = torch.arange(16.0)
+    seen = {}
+
+    def quantize(self, weight, options, calibration=None):
+        seen[tuple(weight.shape)] = calibration
+        return original(self, weight, options)
+
+    original = type(registry.quantizers["round"]).quantize
+    monkeypatch.setattr(type(registry.quantizers["round"]), "needs", frozenset({"importance"}))
+    monkeypatch.setattr(type(registry.quantizers["round"]), "quantize", quantize)
+    (tmp_path / "imatrix").write_text("measured")
+    recipe = Recipe(None, parse_rules(["*up_proj*=round"]))
+    with pytest.raises(CheckpointError, match="holds no importance matrix"):
+        convert(source, tmp_path / "out", Target("any"), registry, recipe, imatrix=tmp_path / "imatrix")
+    monkeypatch.setattr(
+        registry.importers["any"], "calibration", lambda path, checkpoint: {UP: Calibration(importance)}
+    )
+    convert(source, tmp_path / "out", Target("any"), registry, recipe, imatrix=tmp_path / "imatrix")
+    assert torch.equal(seen[24, 16].importance, importance)
+    with pytest.raises(OptionError, match=r"needs calibration \(importance\) for model.layers.0.mlp.down_proj"):
+        convert(
+            source, tmp_path / "o", Target("any"), registry, Recipe(Rule("*", "round")), imatrix=tmp_path / "imatrix"
+        )
 
 
 def test_progress_reports_every_tensor_twice(registry, source, tmp_path):

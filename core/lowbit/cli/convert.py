@@ -44,6 +44,11 @@ SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     type=click.Choice(DTYPES),
     help="Float type of the matrices that are not packed; default: as they are, float32 once dequantized.",
 )
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path),
+    help="Importance matrix (llama.cpp's GGUF) for quantizers that use one.",
+)
 @click.option("--seed", type=int, help="Seed of a quantizer that draws random numbers.")
 @click.option(
     "--for", "loader", help="Refuse, before any work, what this program would not load (vllm, llama.cpp, ...)."
@@ -75,7 +80,8 @@ def convert_command(source: Path, destination: Path, as_json: bool, quiet: bool,
     if not dry_run:
         check_destination(destination, flags["overwrite"])
     with registry.open(source) as checkpoint:
-        plan = plan_conversion(checkpoint, target, recipe, registry)
+        calibration = registry.calibration(flags["imatrix"], checkpoint) if flags["imatrix"] else {}
+        plan = plan_conversion(checkpoint, target, recipe, registry, calibration)
         if flags["loader"]:
             verdict = check_loader(flags["loader"], target.format, plan.entries, plan.metadata, registry, flags["tp"])
             for warning in verdict.warnings:
@@ -90,7 +96,8 @@ def convert_command(source: Path, destination: Path, as_json: bool, quiet: bool,
                 advance(entry.nbytes, f"{phase} {step.name}")
 
             shard_size = parse_size(flags["shard_size"])
-            report = execute(plan, checkpoint, destination, registry, flags["overwrite"], shard_size, progress)
+            overwrite = flags["overwrite"]
+            report = execute(plan, checkpoint, destination, registry, calibration, overwrite, shard_size, progress)
     if as_json:
         print_json(_report_json(report, destination))
     elif not quiet:
