@@ -32,6 +32,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """
     _check(bits)
     rows, columns = codes.shape
+    if not codes.numel():
+        return codes.new_zeros(rows, packed_width(columns, bits))
     if columns % 8:
         codes = torch.nn.functional.pad(codes, (0, -columns % 8))
     words = codes.contiguous().view(torch.int64)  # (rows, columns / 8)
@@ -49,6 +51,8 @@ def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
     rows = packed.shape[0]
     if bits == 8:
         return packed[:, :columns].contiguous()
+    if not packed.numel():
+        return packed.new_zeros(rows, columns)
     bytes_in = packed.reshape(rows, -1, bits)  # k bytes hold eight codes
     words = torch.empty(rows, bytes_in.shape[1], dtype=torch.int64, device=packed.device)
     for part, target in zip(_chunks(bytes_in), _chunks(words), strict=True):

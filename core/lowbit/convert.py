@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-import torch
 from torch import Tensor
 
 import lowbit
@@ -28,7 +27,7 @@ from lowbit.prefetch import prefetch
 from lowbit.recipe import NOTHING, Recipe
 from lowbit.registry import Registry
 from lowbit.staging import check_destination, staged
-from lowbit.tensors import PackedSpec, PackedTensor
+from lowbit.tensors import PackedSpec, PackedTensor, raw_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +176,7 @@ def digest(value: Value) -> bytes:
     total = hashlib.sha256()
     for name, buffer in buffers.items():
         total.update(name.encode())
-        total.update(buffer.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        total.update(raw_bytes(buffer).numpy().data)
     return total.digest()
 
 

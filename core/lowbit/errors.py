@@ -45,12 +45,19 @@ class DuplicateComponentError(PluginError):
     """Two modules registered the same name; names are written into files, so neither wins."""
 
 
+SHOWN_REASONS = 4
+"""Refusals that a sentence shows; a format with sixteen layouts would fill the screen."""
+
+
 class NoRouteError(LowbitError):
-    """Nobody can do what was asked; ``reasons`` says why for everyone who was asked."""
+    """Nobody can do what was asked; ``reasons`` says why for everyone who was asked, the sentence for the first few."""
 
     def __init__(self, question: str, reasons: Mapping[str, str], hint: str = "") -> None:
         self.question = question
         self.reasons = dict(reasons)
         self.hint = hint
-        refusals = "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items())
+        shown = [f"{name}: {reason}" for name, reason in list(self.reasons.items())[:SHOWN_REASONS]]
+        if (more := len(self.reasons) - len(shown)) > 0:
+            shown.append(f"and {more} more of the same kind")
+        refusals = "; ".join(shown)
         super().__init__(question + (f" ({refusals})" if refusals else "") + (f"; {hint}" if hint else ""))

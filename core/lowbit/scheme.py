@@ -16,12 +16,12 @@ multiplies by signed Hadamard matrices on either side, the outliers are added la
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
-from types import MappingProxyType
 from typing import Any
 
 from lowbit.errors import SchemeError
+from lowbit.records import from_document, to_document
 
 SCHEME_VERSION = 1
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e8m0fnu")
@@ -97,6 +97,8 @@ class ScaleFormat:
                 )
         elif not 1 <= self.bits <= 8:
             raise SchemeError(f"sub-scale bits must be 1 to 8, got {self.bits}")
+        if self.coding is ScaleCoding.CODEBOOK and self.signed:
+            raise SchemeError("sub-scales that index a codebook have no sign: leave signed out")
         if self.super_group is not None and self.super_group < 1:
             raise SchemeError(f"super_group must be positive, got {self.super_group}")
 
@@ -111,7 +113,8 @@ class Trellis:
     """A bitshift trellis over ``tile`` (out, in): step t decodes the ``state_bits`` bits that end at the step's last bit.
 
     ``step_bits`` repeats over the steps of a tile, so (2, 3) is 2.5 bits; each step yields ``step_weights`` weights. The
-    stream of a tile is circular (tail-biting). ``code`` names the function from state to value (qtip_spqr: 1.2, 2.2).
+    stream of a tile is circular (tail-biting). ``code`` names the function from state to value (qtip_spqr: 1.2, 2.2), and
+    ``order`` the walk over the tile: row by row, or as a warp holds it (``mma_b``, drawn in lowbit.trellis).
     """
 
     code: str
@@ -120,20 +123,34 @@ class Trellis:
     step_weights: int = 1
     table_bits: int = 0
     tile: tuple[int, int] = (16, 16)
+    order: str = "rows"
 
     CODES = ("1mad", "2mad", "3inst", "mcg", "mul1", "lut", "hyb")
+    ORDERS = ("rows", "mma_b")
 
     def __post_init__(self) -> None:
         if self.code not in self.CODES:
             raise SchemeError(f"trellis code must be one of {', '.join(self.CODES)}, got {self.code!r}")
+        if not 1 <= self.state_bits <= 24:  # a state times a 32-bit multiplier fits the int64 of lowbit.trellis
+            raise SchemeError(f"trellis state_bits must be 1 to 24, got {self.state_bits}")
         if not self.step_bits or not all(1 <= bits <= self.state_bits for bits in self.step_bits):
             raise SchemeError(f"trellis step_bits must be 1 to state_bits ({self.state_bits}), got {self.step_bits}")
         if (self.code in ("lut", "hyb")) != (self.table_bits > 0):
             raise SchemeError(
                 f"trellis table_bits goes with the codes lut and hyb only, got {self.table_bits} for {self.code}"
             )
-        if self.tile[0] * self.tile[1] % self.step_weights:
+        if min(self.tile) < 1 or self.step_weights < 1 or self.tile[0] * self.tile[1] % self.step_weights:
             raise SchemeError(f"trellis step_weights must divide the tile {self.tile}, got {self.step_weights}")
+        if self.code == "hyb" and not (self.state_bits == 16 and self.step_weights == 2 and self.table_bits <= 15):
+            raise SchemeError("the trellis code hyb has 16-bit states, 2 weights a step and at most 15 table bits")
+        if self.code == "lut" and self.table_bits != self.state_bits:
+            raise SchemeError(f"the trellis code lut needs a table entry for each of the 2**{self.state_bits} states")
+        if self.code not in ("lut", "hyb") and self.step_weights != 1:
+            raise SchemeError(f"the trellis code {self.code} computes one weight a step, got {self.step_weights}")
+        if self.order not in self.ORDERS:
+            raise SchemeError(f"trellis order must be one of {', '.join(self.ORDERS)}, got {self.order!r}")
+        if self.order != "rows" and self.tile != (16, 16):
+            raise SchemeError(f"the trellis order {self.order} walks tiles of 16x16, got {self.tile}")
 
     @property
     def steps(self) -> int:
@@ -161,6 +178,8 @@ class Binary:
             raise SchemeError(f"binary planes must be positive, got {self.planes}")
         if (self.form is BinaryForm.PRODUCT) != (self.rank is not None):
             raise SchemeError(f"binary rank goes with the product form only, got {self.rank} for {self.form.value}")
+        if self.rank is not None and self.rank < 1:
+            raise SchemeError(f"binary rank must be positive, got {self.rank}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,51 +289,19 @@ class Scheme:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON document; fields at their default are left out, so that files stay readable."""
-        plain = {key: value for key, value in _plain(asdict(self)).items() if value != _DEFAULTS.get(key, ...)}
-        return {"version": SCHEME_VERSION, **plain}
+        return {"version": SCHEME_VERSION, **to_document(self)}
 
     @classmethod
-    def from_json(cls, document: dict[str, Any]) -> Scheme:
-        """Read what ``to_json`` wrote; an unknown version or key raises SchemeError."""
+    def from_json(cls, document: Any) -> Scheme:
+        """Read what ``to_json`` wrote; an unknown version, an unknown key or a value of a wrong type raises SchemeError."""
+        if not isinstance(document, dict):
+            raise SchemeError(f"a Scheme must be a JSON object, got {document!r}")
         values = dict(document)
         if (version := values.pop("version", None)) != SCHEME_VERSION:
             raise SchemeError(
                 f"this lowbit reads scheme version {SCHEME_VERSION}, got {version!r}; install a newer lowbit"
             )
-        scheme = _parse(cls, values)
-        assert isinstance(scheme, cls)
-        return scheme
-
-
-_DEFAULTS = MappingProxyType(
-    {
-        "group_size": None,
-        "zero": "symmetric",
-        "scales": {**asdict(ScaleFormat()), "across": "groups", "coding": "linear"},
-        "levels": None,
-        "flat": False,
-        "vector": 1,
-        "trellis": None,
-        "binary": None,
-        "outliers": None,
-        "rotation": None,
-        "permutation": False,
-    }
-)
-_NESTED: dict[str, type] = {
-    "scales": ScaleFormat,
-    "trellis": Trellis,
-    "binary": Binary,
-    "outliers": Outliers,
-    "rotation": Rotation,
-}
-_ENUMS: dict[str, type[Enum]] = {
-    "grid": Grid,
-    "zero": Zero,
-    "across": Across,
-    "coding": ScaleCoding,
-    "form": BinaryForm,
-}
+        return from_document(cls, values)
 
 
 def _rate(scheme: Scheme) -> float:
@@ -327,7 +314,7 @@ def _rate(scheme: Scheme) -> float:
 def _check_grid(scheme: Scheme) -> None:
     limits = {Grid.AFFINE: (1, 8), Grid.CODEBOOK: (1, 16), Grid.TRELLIS: (0, 0), Grid.BINARY: (1, 8)}
     low, high = limits[scheme.grid]
-    if not low <= scheme.bits <= high:
+    if not isinstance(scheme.bits, int) or not low <= scheme.bits <= high:
         raise SchemeError(f"bits must be {low} to {high} for a {scheme.grid.value} grid, got {scheme.bits}")
     if (scheme.grid is Grid.TRELLIS) != (scheme.trellis is not None):
         raise SchemeError(f"the trellis field goes with the trellis grid, got a {scheme.grid.value} grid")
@@ -337,43 +324,15 @@ def _check_grid(scheme: Scheme) -> None:
         raise SchemeError(
             f"bits of a binary grid is its number of planes, got {scheme.bits} and {scheme.binary.planes}"
         )
+    if scheme.binary and (scheme.flat or scheme.scales.two_level):
+        raise SchemeError("binary planes have one float scale a group: flat groups and two-level scales do not apply")
+    if scheme.binary and scheme.binary.rank and (scheme.group_size or scheme.permutation):
+        raise SchemeError("a binary product has scales for rows, rank and columns: it has no groups to size or permute")
     if scheme.grid is not Grid.AFFINE and not scheme.symmetric:
         raise SchemeError(f"only an affine grid has a zero of its own, got {scheme.zero.value} on {scheme.grid.value}")
+    if scheme.levels is not None and scheme.grid not in (Grid.AFFINE, Grid.CODEBOOK):
+        raise SchemeError(f"levels count codes, and a {scheme.grid.value} grid has none, got {scheme.levels}")
     if scheme.levels is not None and not 2 <= scheme.levels < 2**scheme.bits:
         raise SchemeError(f"levels must be 2 to {2**scheme.bits - 1} (leave it out for all codes), got {scheme.levels}")
     if scheme.vector > 1 and scheme.grid is not Grid.CODEBOOK:
         raise SchemeError(f"only a codebook has vectors, got {scheme.vector} on a {scheme.grid.value} grid")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, Enum):
-        return value.value
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _parse(cls: type, values: dict[str, Any]) -> Any:
-    known = {field.name for field in fields(cls)}
-    if unknown := set(values) - known:
-        raise SchemeError(f"unknown {cls.__name__} field {min(unknown)!r}; this lowbit is older than the file")
-    arguments = {}
-    for key, value in values.items():
-        if key in _NESTED and isinstance(value, dict):
-            arguments[key] = _parse(_NESTED[key], value)
-        elif key in _ENUMS:
-            arguments[key] = _parse_enum(_ENUMS[key], key, value)
-        else:
-            arguments[key] = tuple(value) if isinstance(value, list) else value
-    try:
-        return cls(**arguments)
-    except TypeError as error:
-        raise SchemeError(f"incomplete {cls.__name__}: {error}") from error
-
-
-def _parse_enum(kind: type[Enum], key: str, value: Any) -> Enum:
-    try:
-        return kind(value)
-    except ValueError as error:
-        known = ", ".join(str(member.value) for member in kind)
-        raise SchemeError(f"{key} must be one of {known}, got {value!r}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lowbit.errors import OutputError
+
+_PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial")
 
 
 @contextmanager
@@ -50,10 +53,18 @@ def remove(path: Path) -> None:
 
 
 def write_error(destination: Path, error: OSError) -> OutputError:
-    """Return the sentence for an operating-system error while writing."""
+    """Return the sentence for an operating-system error while writing; it names the final place, not the temporary."""
+    destination = final_place(destination)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"the disk is full; {destination} was not written, free some space or choose another disk")
     return OutputError(f"cannot write {destination}: {error.strerror or error}")
+
+
+def final_place(path: Path) -> Path:
+    """Return the destination that a temporary path of ``staged`` stands for (``staged`` may be nested)."""
+    while match := _PARTIAL.fullmatch(path.name):
+        path = path.with_name(match[1])
+    return path
 
 
 def _replace(temporary: Path, destination: Path) -> None:

@@ -124,11 +124,13 @@ def bit_equal(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bits; unlike ``torch.equal`` NaN equals itself, -0 is not 0."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    return torch.equal(_bits(left), _bits(right))
+    return torch.equal(raw_bytes(left), raw_bytes(right))
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a tensor, in row-major order, as uint8 (nbytes,); a view where that is possible."""
+    # as_strided: a single element may have any stride and counts as contiguous, but only stride 1 can be viewed as bytes
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _check_specs(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec], owner: str) -> None:

@@ -62,5 +62,6 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _single_threaded(ready: threading.Barrier) -> None:
+    torch.get_num_threads()  # the first query of a thread copies the setting of the others: it must not come after
     torch.set_num_threads(1)
     ready.wait(timeout=60)

@@ -1,0 +1,1 @@
+"""Running packed weights: the layer, its torch ops, CPU kernels, and whole models."""

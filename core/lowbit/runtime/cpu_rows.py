@@ -1,0 +1,46 @@
+"""``cpu-rows``: any weight whose rows can be decoded alone, unpacked once to a byte a code."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lowbit.interfaces import MatmulProblem
+from lowbit.parts import TensorSpec, part_specs
+from lowbit.runtime.unpacked import UnpackedKernel
+from lowbit.scheme import Across, Grid, Scheme
+from lowbit.tensors import PackedTensor, QuantizedTensor
+
+
+class RowsKernel(UnpackedKernel):
+    """Keeps the parts as they are: half the memory of a bfloat16 weight, and no unpacking at every product."""
+
+    name = "cpu-rows"
+    priority = 10
+    prepared_layout = "cpu-rows"
+
+    def why_not_unpacked(self, problem: MatmulProblem) -> str | None:
+        """Refuse grids and add-ons that mix rows."""
+        scheme = problem.scheme
+        if scheme.grid not in (Grid.AFFINE, Grid.CODEBOOK) or scheme.bits > 8:
+            return f"keeps a byte for each code of an affine or codebook grid, not {scheme.summary()}"
+        mixes = {
+            "flat groups": scheme.flat,
+            "outliers": scheme.outliers,
+            "a rotation of the output": scheme.rotation and scheme.rotation.out_block,
+            "scales shared across rows": scheme.scales.two_level and scheme.scales.across is Across.ROWS,
+        }
+        if found := [what for what, present in mixes.items() if present]:
+            return f"decodes rows alone, but {found[0]} mix them ({scheme.summary()})"
+        return None
+
+    def code_specs(self, scheme: Scheme, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        """One buffer, as the parts table has it."""
+        return {"codes": part_specs(scheme, shape)["codes"]}
+
+    def arrange(self, quantized: QuantizedTensor) -> dict[str, Tensor]:
+        """Keep the codes."""
+        return {"codes": quantized.parts["codes"].contiguous()}
+
+    def codes(self, prepared: PackedTensor) -> Tensor:
+        """Return the buffer."""
+        return prepared.buffers["codes"]

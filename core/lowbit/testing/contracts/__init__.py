@@ -1,0 +1,1 @@
+"""The contracts, one module each; import the classes from ``lowbit.testing``."""

@@ -1,0 +1,153 @@
+"""``PackerContract``: packing has no tolerance. Every bit that goes in comes out, and the buffers are those announced."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lowbit.interfaces import Packer
+from lowbit.parts import TensorSpec
+from lowbit.scheme import Scheme
+from lowbit.tensors import PackedTensor, QuantizedTensor
+from lowbit.testing import samples, strategies
+from lowbit.testing.contracts.checks import (
+    STEADY,
+    assert_same_quantized,
+    assert_same_tensors,
+    assert_sentence,
+    copies,
+    override,
+    transposed,
+)
+
+Example = tuple[Scheme, tuple[int, int]]
+QuantizedStrategy = Callable[[Scheme, tuple[int, int]], "st.SearchStrategy[QuantizedTensor]"]
+
+
+class PackerContract:
+    """Subclass it, and override ``packer``; ``examples`` by default are those of ``samples.REPRESENTATIVES`` that it accepts.
+
+    A packer promises: ``unpack(pack(q))`` is q, bit for bit, for every scheme and shape that ``why_not`` accepts; ``specs``
+    announces the names, dtypes, shapes and order of the buffers before there is data; the same parts give the same bytes,
+    padding included; parts and buffers are not written to. Buffers *may* share memory with the parts (and parts with
+    buffers): values of both kinds are never modified after they are made, and copying each would double the memory.
+    """
+
+    @pytest.fixture
+    def packer(self) -> Packer:
+        """Override: an instance of the packer."""
+        override("PackerContract", "packer", "an instance of your Packer")
+
+    @pytest.fixture
+    def examples(self, packer: Packer) -> Sequence[Example]:
+        """Schemes and shapes (out, in) that the packer must accept: what it was made for."""
+        accepted = [
+            (scheme, shape) for scheme, shape in samples.REPRESENTATIVES if packer.why_not(scheme, shape) is None
+        ]
+        return accepted or override("PackerContract", "examples", "a list of (scheme, shape) that your packer accepts")
+
+    @pytest.fixture
+    def strategy(self) -> QuantizedStrategy:
+        """A hypothesis strategy of tensors for a scheme and a shape; override it when parts have further constraints."""
+        return strategies.quantized
+
+    def test_layout_has_a_name_for_files(self, packer: Packer) -> None:
+        """Lower case letters, digits, ``-``, ``_`` and ``.``: the name is written into files."""
+        assert re.fullmatch(r"[a-z0-9][a-z0-9._-]*", packer.layout)
+
+    def test_examples_are_accepted(self, packer: Packer, examples: Sequence[Example]) -> None:
+        """``why_not`` says None."""
+        assert examples
+        for scheme, shape in examples:
+            assert packer.why_not(scheme, shape) is None
+
+    def test_specs_announce_what_pack_returns(self, packer: Packer, examples: Sequence[Example]) -> None:
+        """Names, order, dtypes and shapes; buffers are contiguous, so that their bytes are the file's bytes."""
+        for scheme, shape in examples:
+            spec = packer.spec(scheme, shape)
+            packed = packer.pack(samples.quantized(scheme, shape))
+            assert packed.spec == spec
+            assert list(packed.buffers) == list(spec.buffers)
+            assert {name: TensorSpec.of(buffer) for name, buffer in packed.buffers.items()} == dict(spec.buffers)
+            assert all(buffer.is_contiguous() for buffer in packed.buffers.values())
+            assert packed.layout == packer.layout
+
+    def test_round_trip_is_exact(
+        self, packer: Packer, examples: Sequence[Example], strategy: QuantizedStrategy
+    ) -> None:
+        """For every example: random codes, the lowest and the highest, and every kind of finite float."""
+        for scheme, shape in examples:
+
+            @given(strategy(scheme, shape))
+            @STEADY
+            def check(quantized: QuantizedTensor) -> None:
+                assert_same_quantized(packer.unpack(packer.pack(quantized)), quantized, "the round trip")
+
+            check()
+
+    def test_other_schemes_round_trip_or_are_refused(self, packer: Packer, strategy: QuantizedStrategy) -> None:
+        """Any scheme of the vocabulary is packed exactly, or refused with a sentence: there is no third way."""
+
+        @given(st.data())
+        @STEADY
+        def check(data: st.DataObject) -> None:
+            scheme = data.draw(strategies.schemes())
+            shape = data.draw(strategies.shapes(scheme))
+            reason = packer.why_not(scheme, shape)
+            if reason is not None:
+                assert_sentence(reason)
+                return
+            quantized = data.draw(strategy(scheme, shape))
+            assert_same_quantized(packer.unpack(packer.pack(quantized)), quantized, scheme.summary())
+
+        check()
+        for scheme, shape in samples.REPRESENTATIVES:
+            if (reason := packer.why_not(scheme, shape)) is not None:
+                assert_sentence(reason)
+
+    def test_inputs_are_left_alone(self, packer: Packer, examples: Sequence[Example]) -> None:
+        """Neither ``pack`` writes to parts nor ``unpack`` to buffers."""
+        for scheme, shape in examples:
+            quantized = samples.quantized(scheme, shape)
+            parts = copies(quantized.parts)
+            packed = packer.pack(quantized)
+            assert_same_tensors(quantized.parts, parts, "parts after pack")
+            buffers = copies(packed.buffers)
+            packer.unpack(packed)
+            assert_same_tensors(packed.buffers, buffers, "buffers after unpack")
+
+    def test_same_parts_same_bytes(self, packer: Packer, examples: Sequence[Example]) -> None:
+        """Other strides and other garbage in fresh memory change no byte: padding is written, not left over."""
+        for scheme, shape in examples:
+            quantized = samples.quantized(scheme, shape)
+            expected = _packed(packer, quantized, garbage=0)
+            strided = {name: transposed(part) for name, part in quantized.parts.items()}
+            found = _packed(packer, QuantizedTensor(scheme, shape, strided), garbage=0x5A)
+            assert_same_tensors(found.buffers, expected.buffers, "the second packing")
+
+
+def _packed(packer: Packer, quantized: QuantizedTensor, garbage: int) -> PackedTensor:
+    """Pack while torch's fresh memory holds ``garbage``, as it may after an hour of other work."""
+
+    def filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def empty(*arguments: Any, **options: Any) -> Tensor:
+            fresh = make(*arguments, **options)
+            fresh.fill_(garbage)
+            return fresh
+
+        return empty
+
+    with (
+        mock.patch.object(torch, "empty", filled(torch.empty)),
+        mock.patch.object(torch, "empty_like", filled(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty", filled(Tensor.new_empty)),
+    ):
+        return packer.pack(quantized)

@@ -1,0 +1,108 @@
+"""Types that ggml rounds without a search: the same bytes as its reference (``quantize_row_*_ref`` in ggml-quants.c).
+
+Operations and their order are ggml's, in float32, because each one rounds: the codes come from the float32 scale, before it
+is stored as float16. C's ``(int8_t) v`` truncates and ``roundf`` rounds halves away from zero.
+
+All functions take x float32 (rows, columns) and return the parts of these rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit_formats.ggml.two_level import to_half
+from lowbit_formats.ggml.weighted_groups import group_extremes, reciprocal
+
+Parts = dict[str, Tensor]
+
+
+def round_signed(x: Tensor, bits: int, size: int) -> Parts:
+    """Q4_0, Q5_0: the extreme of a group becomes code 0, which has no positive counterpart."""
+    half = 1 << bits - 1
+    groups = x.view(-1, size)
+    scales = group_extremes(groups).div_(-half)
+    values = (groups * reciprocal(scales).unsqueeze(1)).add_(half + 0.5)
+    codes = values.to(torch.int8).clamp_(max=2 * half - 1)
+    return {"codes": codes.view(torch.uint8), "scales": to_half(scales)}
+
+
+def round_range(x: Tensor, bits: int, size: int) -> Parts:
+    """Q4_1, Q5_1: the least weight of a group becomes code 0, the greatest the highest code."""
+    highest = (1 << bits) - 1
+    groups = x.view(-1, size)
+    low = groups.amin(1)
+    scales = (groups.amax(1) - low).div_(highest)
+    values = (groups - low.unsqueeze(1)).mul_(reciprocal(scales).unsqueeze(1)).add_(0.5)
+    codes = values.to(torch.int8).clamp_(max=highest)
+    return {"codes": codes.view(torch.uint8), "scales": to_half(scales), "minimums": to_half(low)}
+
+
+def round_absmax(x: Tensor, size: int = 32) -> Parts:
+    """Q8_0: codes -127 to 127, stored with 128 added."""
+    groups = x.view(-1, size)
+    scales = absmax(groups).div_(127)
+    codes = _round_half_away(groups * reciprocal(scales).unsqueeze(1))
+    return {"codes": codes.view(torch.uint8).bitwise_xor_(128), "scales": to_half(scales)}
+
+
+def round_ternary(x: Tensor, size: int = 256) -> Parts:
+    """TQ1_0, TQ2_0: -1, 0, 1 times the absmax of a block; exact for weights that are ternary already."""
+    groups = x.view(-1, size)
+    scales = absmax(groups)
+    codes = _round_half_away(groups * reciprocal(scales).unsqueeze(1))
+    return {"codes": codes.add_(1).view(torch.uint8), "scales": to_half(scales)}
+
+
+def round_mxfp4(x: Tensor, size: int = 32) -> Parts:
+    """MXFP4: the scale is the power of two that puts the absmax between 4 and 8; E2M1 ends at 6, larger values saturate.
+
+    The rule of OCP Microscaling Formats 1.0, section 6.3. Midpoints of E2M1 (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5) are multiples
+    of a quarter, and a tie goes to the smaller magnitude: the code is a table's entry for ceil(4 |x| / scale).
+    """
+    groups = x.view(-1, size)
+    magnitudes = absmax(groups)
+    exponents = torch.frexp(magnitudes).exponent.add_(124).clamp_(3, 254)  # frexp's mantissa is below 1: 2**(e - 1) <= |x|
+    inverse = (256 - exponents << 23).view(torch.float32)  # the bits of 4 * 2**(127 - exponent)
+    quarters = (groups.abs() * inverse.unsqueeze(1)).ceil_().clamp_(max=_E2M1_SLOTS - 1)
+    codes = _e2m1_codes().to(x.device).index_select(0, quarters.to(torch.int32).view(-1)).view(groups.shape)
+    negative = (groups < 0) & (codes > 0)
+    codes |= negative.view(torch.uint8) << 3
+    exponents.masked_fill_(magnitudes == 0, 0)
+    return {"codes": codes, "scales": exponents.to(torch.uint8).view(torch.float8_e8m0fnu)}
+
+
+def sign_planes(x: Tensor, importance: Tensor | None, size: int = 128) -> Parts:
+    """Q1_0: signs times the mean magnitude of a block, which is the scale of least squared error; weighted when calibrated."""
+    groups = x.view(-1, size)
+    magnitudes = groups.abs()
+    if importance is None:
+        scales = magnitudes.mean(1)
+    else:
+        weights = importance.expand_as(x).reshape(groups.shape)
+        scales = (magnitudes * weights).sum(1) / weights.sum(1)
+    return {"planes": (groups >= 0).view(torch.uint8), "scales": to_half(scales)}
+
+
+def absmax(groups: Tensor) -> Tensor:
+    """Return the largest magnitude of each group: (groups, size) to (groups,)."""
+    return torch.maximum(groups.amax(1), groups.amin(1).neg_())
+
+
+def _round_half_away(values: Tensor) -> Tensor:
+    """Round to int8 as C's ``roundf`` does; values are overwritten.
+
+    The largest float32 below 0.5, added with the sign of a value, carries it past the next whole number exactly when its
+    fraction is at least one half; 0.5 itself would round 0.49999997 up.
+    """
+    return values.add_(torch.copysign(_BELOW_HALF, values)).to(torch.int8)
+
+
+_BELOW_HALF = torch.tensor(0.5 - 2.0**-25)
+_E2M1_SLOTS = 32
+
+
+def _e2m1_codes() -> Tensor:
+    """Return the code for each ceil(4 |x|): how many of the midpoints 1, 3, 5, 7, 10, 14, 20 (quarters) lie strictly below."""
+    midpoints = torch.tensor([1, 3, 5, 7, 10, 14, 20])
+    return (torch.arange(_E2M1_SLOTS)[:, None] > midpoints).sum(1).to(torch.uint8)

@@ -1,0 +1,231 @@
+"""Reading GGUF: a model of llama.cpp as Hugging Face names, config and tokenizer; packed weights stay packed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import CheckpointError
+from lowbit.interfaces import Checkpoint, Entry, Importer, Metadata, SideFile, Value
+from lowbit.parts import TensorSpec
+from lowbit.tensors import PackedSpec, PackedTensor
+from lowbit_formats.gguf import config, rope, tokenizer_files, vocabulary
+from lowbit_formats.gguf.architectures import Architecture, check_heads, deinterleave, loaded_norm
+from lowbit_formats.gguf.block_types import DEQUANTIZED, FLOATS, BlockType
+from lowbit_formats.gguf.header import MAGIC, Header, TensorInfo, read_header
+from lowbit_formats.gguf.keys import Keys
+from lowbit_formats.gguf.layouts import BY_TYPE
+
+_PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
+_KEPT = "general."
+_OWN = "lowbit."
+
+
+class GgufImporter(Importer):
+    """Reads a ``.gguf`` file, or a model split over several when the first is opened."""
+
+    format = "gguf"
+    priority = 10
+
+    def why_not(self, path: Path) -> str | None:
+        """Refuse what does not start with the four bytes ``GGUF``."""
+        if not path.is_file():
+            return f"{path.name} is no file"
+        with path.open("rb") as file:
+            start = file.read(4)
+        return None if start == MAGIC else f"{path.name} starts with {start!r}, not with {MAGIC!r}"
+
+    def open(self, path: Path) -> Checkpoint:
+        """Read the header of every part, rename and check all of it; raises CheckpointError."""
+        return GgufCheckpoint(path, read_parts(path))
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a tensor comes from: a file's descriptor, its place there, and what its values need on the way."""
+
+    descriptor: int
+    info: TensorInfo
+    heads: int | None = None
+    offset: float = 0.0
+
+
+class GgufCheckpoint(Checkpoint):
+    """An open GGUF model."""
+
+    def __init__(self, path: Path, parts: list[Header]) -> None:
+        self.path = path
+        self._descriptors: list[int] = []
+        try:
+            self._open(parts)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, parts: list[Header]) -> None:
+        keys = Keys(self.path, parts[0].keys)
+        architecture = config.architecture_of(keys)
+        sources = self._sources(parts)
+        extra = {name: _floats(sources.pop(name)) for name in rope.TENSORS if name in sources}
+        self._by_name = _renamed(keys, architecture, sources)
+        self.entries: Mapping[str, Entry] = {name: _entry(self.path, source) for name, source in self._by_name.items()}
+        self.metadata = _metadata(keys, architecture, self._by_name, extra)
+
+    def _sources(self, parts: list[Header]) -> dict[str, _Source]:
+        sources: dict[str, _Source] = {}
+        for part in parts:
+            descriptor = os.open(part.path, os.O_RDONLY)
+            self._descriptors.append(descriptor)
+            for info in part.tensors:
+                if info.name in sources:
+                    raise CheckpointError(f"{self.path}: two parts of the model hold {info.name}")
+                sources[info.name] = _Source(descriptor, info)
+        return sources
+
+    def read(self, name: str) -> Value:
+        """Read one tensor: blocks stay packed, floats keep their dtype, all else becomes float32."""
+        source, entry = self._by_name[name], self.entries[name]
+        if isinstance(entry, PackedSpec):
+            rows, width = entry.buffers["blocks"].shape
+            blocks = _raw(source).view(rows, width)
+            return PackedTensor(entry, {"blocks": deinterleave(blocks, source.heads) if source.heads else blocks})
+        values = _floats(source)
+        if source.heads:
+            values = deinterleave(values, source.heads)
+        return loaded_norm(values, source.offset) if source.offset else values
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+
+def read_parts(path: Path) -> list[Header]:
+    """Return the headers of a model's files, the first first; raises CheckpointError unless they belong together."""
+    first = read_header(path)
+    count = first.keys.get("split.count", 1)
+    if not isinstance(count, int) or not 1 <= count < 100_000:
+        raise CheckpointError(f"{path}: split.count must be 1 to 99999, got {count!r}")
+    if count == 1:
+        return [first]
+    found = _PART.fullmatch(path.name)
+    if not found or int(found["parts"]) != count or first.keys.get("split.no") != 0 or int(found["part"]) != 1:
+        raise CheckpointError(
+            f"{path} is a part of a model in {count} files; open the one named ...-00001-of-{count:05}.gguf"
+        )
+    parts = [first]
+    for index in range(1, count):
+        part = path.with_name(f"{found['stem']}-{index + 1:05}-of-{count:05}.gguf")
+        if not part.is_file():
+            raise CheckpointError(f"{path} is the first of {count} files and {part.name} is not beside it")
+        header = read_header(part)
+        if (header.keys.get("split.no"), header.keys.get("split.count")) != (index, count):
+            raise CheckpointError(f"{part} does not say that it is part {index + 1} of {count}; the name is wrong")
+        parts.append(header)
+    tensors, announced = sum(len(part.tensors) for part in parts), first.keys.get("split.tensors.count")
+    if announced not in (None, tensors):
+        raise CheckpointError(f"{path} announces {announced} tensors and its {count} files hold {tensors}")
+    return parts
+
+
+def _renamed(keys: Keys, architecture: Architecture, sources: Mapping[str, _Source]) -> dict[str, _Source]:
+    """Return the sources by Hugging Face name, with what their values need; every name is known and none is missing."""
+    blocks = keys.integer("block_count")
+    heads = keys.integer("attention.head_count")
+    kv_heads = keys.integer("attention.head_count_kv", heads)
+    renamed: dict[str, _Source] = {}
+    for ggml_name, source in sources.items():
+        name = architecture.hf_name(ggml_name, blocks)
+        if name is None:
+            raise CheckpointError(
+                f"{keys.path} holds {ggml_name}, which a {architecture.name} model of {blocks} blocks does not have"
+            )
+        shared = architecture.heads_of(name, heads, kv_heads)
+        if shared is not None:
+            check_heads(name, source.info.shape[0], shared)
+        renamed[name] = _Source(source.descriptor, source.info, shared, architecture.offset_of(name))
+    if blocks > len(sources):
+        raise CheckpointError(f"{keys.path} claims {blocks:,} blocks and holds {len(sources):,} tensors; it is damaged")
+    if missing := [name for name in architecture.required(blocks) if name not in renamed]:
+        wanted = architecture.ggml_name(missing[0], blocks)
+        raise CheckpointError(f"{keys.path} has no tensor {wanted}, without which the model does not work")
+    return renamed
+
+
+def _entry(path: Path, source: _Source) -> Entry:
+    info = source.info
+    if info.type.name in BY_TYPE and len(info.shape) == 2:
+        packer = BY_TYPE[info.type.name]
+        return packer.spec(packer.scheme, (info.shape[0], info.shape[1]))
+    if info.type.name in FLOATS:
+        return TensorSpec(torch.float32 if source.offset else FLOATS[info.type.name], info.shape)
+    if not _dequantizable(info.type):
+        raise CheckpointError(f"{path}: {info.name} is of type {info.type.name}, which is not read here")
+    return TensorSpec(torch.float32, info.shape)
+
+
+def _dequantizable(type: BlockType) -> bool:
+    return type.name in BY_TYPE or type.name in DEQUANTIZED
+
+
+def _metadata(
+    keys: Keys, architecture: Architecture, sources: Mapping[str, _Source], extra: Mapping[str, Tensor]
+) -> Metadata:
+    rows = sources["model.embed_tokens.weight"].info.shape[0]
+    model = config.from_keys(keys, architecture, sources.keys(), rows, extra)
+    provenance = {
+        name: value for name, value in keys.values.items() if name.startswith(_KEPT) and isinstance(value, str)
+    }
+    provenance.pop("general.architecture")
+    provenance |= {
+        name.removeprefix(_OWN): value
+        for name, value in keys.values.items()
+        if name.startswith(_OWN) and isinstance(value, str)
+    }
+    words = vocabulary.from_keys(keys)
+    roles = {f"{role}_token_id": words.roles.get(role) for role in ("bos", "eos", "pad")} if words else {}
+    reason = tokenizer_files.why_not(words) if words else "the file holds no vocabulary"
+    if words is None or reason is not None:
+        return Metadata({**model, **roles}, (), {**provenance, "tokenizer": f"not rebuilt: {reason}"})
+    files = tokenizer_files.build(words, architecture.name, model["max_position_embeddings"])
+    side_files = tuple(SideFile(name, content=content) for name, content in files.items())
+    return Metadata({**model, **roles}, side_files, provenance)
+
+
+def _raw(source: _Source) -> Tensor:
+    """Read the bytes of a tensor into memory of their own; safe from several threads."""
+    info = source.info
+    raw = torch.empty(info.nbytes, dtype=torch.uint8)
+    view, done = raw.numpy().data, 0
+    while done < info.nbytes:
+        count = os.preadv(source.descriptor, [view[done:]], info.start + done)
+        if count == 0:
+            raise CheckpointError(f"{info.name} cannot be read whole; the file became shorter while it was open")
+        done += count
+    return raw
+
+
+def _floats(source: _Source) -> Tensor:
+    """Read a tensor that is not kept packed: floats as they are, blocks dequantized to float32."""
+    info, raw = source.info, _raw(source)
+    if info.type.name in FLOATS:
+        return raw.view(FLOATS[info.type.name]).view(info.shape)
+    if not _dequantizable(info.type):
+        raise CheckpointError(f"{info.name} is of type {info.type.name}, which is not read here")
+    return _dequantizer(info.type)(raw.view(-1, info.type.row_bytes(info.shape[-1]))).view(info.shape)
+
+
+def _dequantizer(type: BlockType) -> Callable[[Tensor], Tensor]:
+    """Return a function from uint8 rows of blocks to float32 rows of weights, by the gguf package."""
+    import gguf  # here, because it is slow to import and few files need it
+
+    def dequantize(rows: Tensor) -> Tensor:
+        return torch.from_numpy(gguf.dequantize(rows.numpy(), gguf.GGMLQuantizationType(type.id)))
+
+    return dequantize

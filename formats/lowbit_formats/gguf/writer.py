@@ -1,0 +1,63 @@
+"""Writing a GGUF file: the header first, from what is known of the tensors, then each tensor where the header says."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from torch import Tensor
+
+from lowbit.tensors import raw_bytes
+from lowbit_formats.gguf.block_types import BlockType
+from lowbit_formats.gguf.header import ALIGNMENT, MAGIC, padded
+from lowbit_formats.gguf.keys import Key, encode, encode_string
+
+_VERSION = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A tensor to come: ggml's name, its type, and its shape, outermost first."""
+
+    name: str
+    type: BlockType
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        rows = 1
+        for length in self.shape[:-1]:
+            rows *= length
+        return rows * self.type.row_bytes(self.shape[-1])
+
+
+class TensorFile:
+    """A file whose header is written; ``put`` fills in one tensor, in any order."""
+
+    def __init__(self, file: BinaryIO, keys: Iterable[Key], slots: Sequence[Slot]) -> None:
+        self._file = file
+        keys = list(keys)
+        head = MAGIC + struct.pack("<IQQ", _VERSION, len(slots), len(keys)) + encode(keys)
+        infos, offset = [], 0
+        self._places: dict[str, tuple[int, int]] = {}
+        for slot in slots:
+            lengths = slot.shape[::-1]
+            layout = f"<I{len(lengths)}QIQ"
+            infos.append(encode_string(slot.name) + struct.pack(layout, len(lengths), *lengths, slot.type.id, offset))
+            self._places[slot.name] = offset, slot.nbytes
+            offset = padded(offset + slot.nbytes, ALIGNMENT)
+        head += b"".join(infos)
+        self._start = padded(len(head), ALIGNMENT)
+        file.write(head)
+        file.truncate(self._start + offset)  # what no tensor covers reads as zeros
+
+    def put(self, name: str, values: Tensor) -> None:
+        """Write the bytes of ``values``, which fill the slot exactly."""
+        offset, nbytes = self._places[name]
+        raw = raw_bytes(values)
+        assert len(raw) == nbytes
+        self._file.seek(self._start + offset)
+        self._file.write(raw.numpy().data)
