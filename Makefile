@@ -4,8 +4,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 MEMBERS := plugins/kbit plugins/spqr plugins/autoround plugins/qtip
 READY := $(VENV)/.ready
+ORACLES := $(VENV)/.oracles
 
-.PHONY: demo test lint types pytest test-oracles bench-smoke bench matrix picture clean
+.PHONY: demo test lint types pytest test-oracles test-gpu bench-smoke bench matrix picture clean
 
 demo: $(READY)  ## convert a real language model and show what it costs
 	$(RUN) bench/demo.py
@@ -20,10 +21,13 @@ types: $(READY)
 	$(RUN) -m mypy
 
 pytest: $(READY)
-	$(RUN) -m pytest -q -m "not network"
+	$(RUN) -m pytest -q -m "not network" --ignore=tests/oracles
 
-test-oracles: $(READY)  ## checks against software that others wrote, on a real model
+test-oracles: $(ORACLES)  ## checks against software that others wrote, on a real model
 	$(RUN) -m pytest -q tests/oracles
+
+test-gpu:  ## the kernels on an NVIDIA GPU, with whatever Python has torch, pytest and cuda-core there
+	PYTHONPATH=core:cuda:formats $(PYTHON) -m pytest -q -p no:cacheprovider -m cuda tests/cuda
 
 bench-smoke: $(READY)  ## every benchmark once, without timing, and the gate on machine-independent figures
 	$(RUN) -m pytest -q bench --benchmark-disable
@@ -42,7 +46,11 @@ $(READY): constraints.txt pyproject.toml $(MEMBERS:%=%/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit("lowbit needs Python 3.10 or newer, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt hatchling editables
-	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e ".[all,hf,test]" $(MEMBERS:%=-e %)
+	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e ".[all,hf,gpu,test]" $(MEMBERS:%=-e %)
+	@touch $@
+
+$(ORACLES): $(READY) tests/oracles/requirements.txt
+	$(RUN) -m pip install --disable-pip-version-check -q --no-deps -c constraints.txt -r tests/oracles/requirements.txt
 	@touch $@
 
 clean:

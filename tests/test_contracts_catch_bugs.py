@@ -16,7 +16,7 @@ class Outcomes:
     """A pytest plugin: remembers which tests of which class failed; of broken classes it runs only those that must."""
 
     def __init__(self):
-        self.failed, self.passed, self.must_fail = defaultdict(set), defaultdict(set), {}
+        self.failed, self.passed, self.must_fail = defaultdict(dict), defaultdict(set), {}
 
     def pytest_collection_modifyitems(self, items):
         for item in items:
@@ -26,7 +26,10 @@ class Outcomes:
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.failed:
             name = report.nodeid.rpartition("::")[2].partition("[")[0]
-            (self.failed if report.failed else self.passed)[self._key(report.nodeid)].add(name)
+            if report.failed:
+                self.failed[self._key(report.nodeid)][name] = report.longreprtext
+            else:
+                self.passed[self._key(report.nodeid)].add(name)
 
     def _key(self, nodeid):
         path, name, *_ = nodeid.split("::")
@@ -36,7 +39,7 @@ class Outcomes:
 @pytest.fixture(scope="module")
 def outcomes():
     found, steady = Outcomes(), packer.STEADY
-    arguments = [*map(str, FILES), "-q", "--tb=no", "-p", "no:cacheprovider", "-o", "python_classes=Broken* Correct*"]
+    arguments = [*map(str, FILES), "-q", "--tb=short", "-p", "no:cacheprovider", "-o", "python_classes=Broken* Correct*"]
     with pytest.MonkeyPatch.context() as patch:
         # Shrinking the failures that are wanted here would take most of the time.
         patch.setattr(packer, "STEADY", settings(steady, phases=(Phase.generate,)))
@@ -54,10 +57,10 @@ def classes(prefix):
 @pytest.mark.parametrize("name", classes("Broken"))
 def test_a_broken_component_fails(outcomes, name):
     assert outcomes.must_fail[name]
-    assert outcomes.must_fail[name] <= outcomes.failed[name]
+    assert outcomes.must_fail[name] <= outcomes.failed[name].keys()
 
 
 @pytest.mark.parametrize("name", classes("Correct"))
 def test_a_correct_component_passes(outcomes, name):
-    assert outcomes.failed[name] == set()
+    assert outcomes.failed[name] == {}
     assert len(outcomes.passed[name]) >= 5

@@ -15,6 +15,7 @@ import pluggy
 from lowbit import hookspecs
 from lowbit.errors import PluginError
 from lowbit.registry import Registry
+from lowbit.runtime.cpu import register_cpu_kernels
 
 GROUP = "lowbit"
 KINDS = ("quantizers", "packers", "kernels", "importers", "exporters")
@@ -22,7 +23,7 @@ KINDS = ("quantizers", "packers", "kernels", "importers", "exporters")
 
 @cache
 def installed() -> Registry:
-    """Return the registry of everything installed, found once through the entry-point group ``lowbit``.
+    """Return the registry of everything installed, found once through the entry-point group ``lowbit``, and core's CPU kernels.
 
     ``LOWBIT_DISABLE_PLUGINS=a,b`` skips entry points by name; ``LOWBIT_TRACE_PLUGINS=1`` prints every hook call to stderr.
     """
@@ -31,14 +32,19 @@ def installed() -> Registry:
         manager.set_blocked(name)
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         load(manager, entry)
-    return collect(manager)
+    found = collect(manager)
+    register_cpu_kernels(found)
+    return found
 
 
 def registry(*plugins: ModuleType | object) -> Registry:
     """Return a registry of just these plugin modules (or objects with hook methods): for tests and embedding."""
     manager = new_manager()
-    for plugin in plugins:
-        manager.register(plugin)
+    try:
+        for plugin in plugins:
+            manager.register(plugin)
+    except pluggy.PluginValidationError as error:
+        raise PluginError(f"a hook has arguments that lowbit does not give: {_one_line(error)}") from error
     return collect(manager)
 
 
@@ -57,7 +63,7 @@ def load(manager: pluggy.PluginManager, entry: EntryPoint) -> None:
         manager.load_setuptools_entrypoints(GROUP, name=entry.name)
     except Exception as error:  # whatever a third party's import raises must be told with the plugin's name
         raise PluginError(
-            f"plugin {entry.name!r} ({entry.value}) failed to load: {error}; "
+            f"plugin {entry.name!r} ({entry.value}) failed to load: {_one_line(error)}; "
             f"reinstall it, or set LOWBIT_DISABLE_PLUGINS={entry.name} to go on without it"
         ) from error
 
@@ -67,7 +73,7 @@ def collect(manager: pluggy.PluginManager) -> Registry:
     try:
         manager.check_pending()
     except pluggy.PluginValidationError as error:
-        raise PluginError(f"a plugin implements a hook that lowbit does not have: {error}") from error
+        raise PluginError(f"a plugin implements a hook that lowbit does not have: {_one_line(error)}") from error
     found = Registry()
     for kind in KINDS:
         hook = getattr(manager.hook, f"lowbit_register_{kind}")
@@ -77,6 +83,10 @@ def collect(manager: pluggy.PluginManager) -> Registry:
                 f"an implementation of {hook.name} returned {returned[0]!r}; call register(component) and return nothing"
             )
     return found
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _before(name: str, implementations: Sequence[pluggy.HookImpl], arguments: Mapping[str, Any]) -> None:

@@ -38,7 +38,7 @@ def check_destination(destination: Path, overwrite: bool) -> None:
     """Raise OutputError unless ``destination`` can be created or, with ``overwrite``, replaced."""
     if not destination.parent.is_dir():
         raise OutputError(f"the folder {destination.parent} does not exist; create it first")
-    if destination.exists() and not overwrite:
+    if (destination.exists() or destination.is_symlink()) and not overwrite:
         raise OutputError(f"{destination} exists; give --overwrite to replace it")
     if not os.access(destination.parent, os.W_OK):
         raise OutputError(f"the folder {destination.parent} is not writable; choose another destination")
@@ -68,15 +68,15 @@ def final_place(path: Path) -> Path:
 
 
 def _replace(temporary: Path, destination: Path) -> None:
-    """Rename into place; an existing folder steps aside first, so that there is no moment with half of each."""
-    if not destination.is_dir() or destination.is_symlink():
+    """Rename into place; where a rename cannot replace (a folder is involved), the old steps aside first."""
+    if not (destination.exists() or destination.is_symlink()) or not (destination.is_dir() or temporary.is_dir()):
         temporary.replace(destination)
         return
     aside = temporary.with_suffix(".replaced")
     destination.replace(aside)
     try:
         temporary.replace(destination)
-    except OSError:
+    except BaseException:  # Ctrl-C, too, between the two renames
         aside.replace(destination)
         raise
     remove(aside)

@@ -127,7 +127,7 @@ def _check(config: Mapping[str, Any], where: str) -> None:
     """Raise CheckpointError for what changes the meaning of the tensors and is not read here."""
     problems = {
         "data_type": not str(config.get("data_type") or "int").startswith("int"),
-        "act_bits": (config.get("act_bits") or 16) != 16,
+        "act_bits": (config.get("act_bits") or 16) not in (16, 32),
         "super_bits": bool(config.get("super_bits")),
         "rotation_config": bool(config.get("rotation_config")),
     }

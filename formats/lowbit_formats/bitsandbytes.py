@@ -15,7 +15,6 @@ The tensors of a module ``P``; the layouts (``bitsandbytes_layout``) say what is
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -28,7 +27,7 @@ from lowbit.errors import CheckpointError
 from lowbit.hookspecs import hookimpl
 from lowbit.interfaces import Exporter, Importer, Kernel, Packer
 from lowbit.kernels import ReferenceKernel
-from lowbit.parts import TensorSpec, torch_dtype
+from lowbit.parts import TensorSpec
 from lowbit.scheme import Grid, ScaleCoding, ScaleFormat, Scheme
 from lowbit.tensors import PackedSpec, PackedTensor
 from lowbit_formats.bitsandbytes_layout import DOUBLE, SINGLE, TABLES, Bnb4bitPacker
@@ -50,6 +49,9 @@ SUFFIX_OF_BUFFER: Mapping[str, str] = MappingProxyType(
 )
 """Suffixes of the stored buffers, floats first: so every tensor of a file is aligned without changing their order."""
 DTYPES = ("float32", "float16", "bfloat16")
+STORAGE_DTYPES = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""How the bytes of codes may be stored (transformers' bnb_4bit_quant_storage)."""
+LARGEST = torch.finfo(torch.float32).max
 LONGEST_OFFSET = float(torch.tensor(-1.1754943508222875e-38))
 """A float32 with as many characters as any: a sign, 17 digits, a point and an exponent of two digits."""
 
@@ -66,7 +68,8 @@ class QuantState:
 class BitsAndBytesReader(ModuleReader):
     """Reads 4-bit modules; what they are is in their own tensors."""
 
-    suffixes = ("weight.quant_map", *SUFFIX_OF_BUFFER.values(), *(STATE + quant_type for quant_type in TABLES))
+    suffixes = (*SUFFIX_OF_BUFFER.values(), *(STATE + quant_type for quant_type in TABLES))
+    telltale = tuple(suffix for suffix in suffixes if suffix != "weight")
 
     def open(self, stored: StoredModule) -> PackedModule:
         """Return the module; raise CheckpointError when its quant_state and its tensors contradict each other."""
@@ -78,9 +81,13 @@ class BitsAndBytesReader(ModuleReader):
         for buffer, suffix in SUFFIX_OF_BUFFER.items():
             if buffer in spec.buffers:
                 wanted = spec.buffers[buffer]
-                if buffer == "weight" and suffix in stored:  # bytes of any dtype: bnb_4bit_quant_storage
-                    wanted = _stored_as(torch_dtype(stored.dtype(suffix)), wanted)
+                if buffer == "weight" and stored.spec(suffix).dtype in STORAGE_DTYPES:
+                    wanted = _stored_as(stored.spec(suffix).dtype, wanted)
                 stored.expect(suffix, wanted, f"the quant_state of {stored.name}")
+            elif suffix in stored:
+                raise CheckpointError(
+                    f"{stored.tensor(suffix)} is there, but the quant_state of {stored.name} knows no double quantization"
+                )
 
         def buffers() -> Mapping[str, Tensor]:
             return {
@@ -191,7 +198,7 @@ def _positive(document: Mapping[str, Any], key: str, name: str) -> int:
 
 def _finite(document: Mapping[str, Any], key: str, name: str) -> float:
     value = document.get(key)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= LARGEST:
         raise CheckpointError(f"{name}: {key} must be a finite number, got {value!r}")
     return float(value)
 

@@ -47,6 +47,7 @@ class Exl3Reader(ModuleReader):
     """Reads modules of EXL3."""
 
     suffixes = ("trellis", "suh", "svh", "su", "sv", *MULTIPLIERS)
+    telltale = ("suh", "svh")
 
     def open(self, stored: StoredModule) -> PackedModule:
         """Return the module; raise CheckpointError when its tensors are none that EXL3 has."""
@@ -112,7 +113,7 @@ def _code(stored: StoredModule) -> str:
         raise CheckpointError(f"{stored.name} is flagged as mcg and as mul1; remove the flag that is wrong")
     for code in flags:
         value = stored.read(code)
-        if value.numel() != 1 or int(value) & 0xFFFFFFFF != MULTIPLIERS[code]:
+        if value.dtype is not torch.int32 or value.numel() != 1 or int(value) & 0xFFFFFFFF != MULTIPLIERS[code]:
             raise CheckpointError(
                 f"{stored.tensor(code)} is {value.flatten().tolist()}, and lowbit knows the multiplier "
                 f"{MULTIPLIERS[code]:#x} of the code {code} only"

@@ -1,8 +1,8 @@
 """Format ``gptq``: folders of AutoGPTQ and GPTQModel, in and out. SPEC_safetensors.md has the bytes, ``gptq_layout`` packs them.
 
-Written: version 1 (``checkpoint_format: gptq``) when every weight is symmetric and none has 3 bits, whose version 1 programs
-read differently (``gptq_zeros``); version 2 otherwise; always with g_idx. A file has one version; a symmetric module's zeros
-are a constant, written as the file's version has it, and both versions read back as the layout ``gptq``. Modules of other settings go into ``dynamic``, which GPTQModel, vLLM and SGLang honour and transformers
+Written: version 1 (``checkpoint_format: gptq``) when every weight is symmetric, version 2 otherwise; always with g_idx. A file
+has one version; a symmetric module's zeros are a constant, written as the file's version has it, and both versions read back
+as the layout ``gptq``. Modules of other settings go into ``dynamic``, which GPTQModel, vLLM and SGLang honour and transformers
 does not; modules left plain go there too, and into ``modules_in_block_to_quantize`` where that can say it.
 """
 
@@ -21,7 +21,7 @@ from lowbit.errors import CheckpointError
 from lowbit.hookspecs import hookimpl
 from lowbit.interfaces import Exporter, Importer, Kernel, Packer
 from lowbit.kernels import ReferenceKernel
-from lowbit.parts import TensorSpec
+from lowbit.parts import TensorSpec, torch_dtype
 from lowbit.scheme import Grid, ScaleFormat, Scheme, Zero
 from lowbit.tensors import PackedSpec, PackedTensor
 from lowbit_formats.affine_rules import is_sequential, sequential_index
@@ -132,15 +132,15 @@ class GptqExporter(FolderExporter):
         """Return the config with the most frequent setting, and the others in ``dynamic``."""
         settings = by_setting(packed)
         base, *others = settings
-        plain_zeros = all(setting.symmetric and setting.bits != 3 for setting in settings)
-        version = "gptq" if plain_zeros else "gptq_v2"
+        version = "gptq" if all(setting.symmetric for setting in settings) else "gptq_v2"
         dynamic: dict[str, dict[str, Any]] = {}
         for setting in others:
-            rest = [name for name in (*packed, *plain) if name not in set(settings[setting])]
-            for pattern in patterns(with_fused(settings[setting]), with_fused(rest)):
+            chosen = dict.fromkeys(settings[setting])
+            rest = [name for name in (*packed, *plain) if name not in chosen]
+            for pattern in patterns(with_fused(chosen), with_fused(rest)):
                 dynamic[f"+:{pattern}"] = _flags(setting)
         skipped = [name for name in plain if is_in_block(name)]
-        for pattern in patterns(with_fused(skipped), with_fused(list(packed))):
+        for pattern in patterns(with_fused(skipped), with_fused(packed)):
             dynamic[f"-:{pattern}"] = {}
         return {
             "quant_method": "gptq",
@@ -213,7 +213,7 @@ def _shape(stored: StoredModule, setting: Setting) -> tuple[Scheme, tuple[int, i
     scheme = Scheme(Grid.AFFINE, setting.bits, setting.group_size, scales=ScaleFormat(stored.dtype("scales")))
     groups = scheme.groups((rows, columns))
     because = f"a {rows}x{columns} weight of {said}, as qweight and the quantization_config say,"
-    stored.expect("scales", TensorSpec(getattr(torch, scheme.scales.dtype), (groups, rows)), because)
+    stored.expect("scales", TensorSpec(torch_dtype(scheme.scales.dtype), (groups, rows)), because)
     stored.expect("qzeros", TensorSpec(torch.int32, (groups, word_count(rows, setting.bits))), because)
     if "g_idx" in stored:
         stored.expect("g_idx", TensorSpec(torch.int32, (columns,)), because)

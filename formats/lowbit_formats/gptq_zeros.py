@@ -6,8 +6,9 @@ place is symmetric. For others the label counts, and version 1 has two holes, wh
 
     z = 0         GPTQModel and auto-round subtract one from every field of a word at once, so that 0 borrows from its
                   neighbour, and adding one gives it back; AutoGPTQ loses the word's other fields
-    3 bits        a field in two words has no carry in that arithmetic, and GPTQModel before its version 7 added and subtracted
-                  the constants of words 0 and 2 in each other's place (utils/model.py, tests/test_qzero_offsets.py)
+    3 bits        AutoGPTQ, auto-round and GPTQModel today subtract one from each field; older versions of GPTQModel from whole
+                  words, with the constants of words 0 and 2 in each other's place (its utils/model.py,
+                  convert_gptq_v2_to_v1_format_module)
 """
 
 from __future__ import annotations
@@ -100,9 +101,9 @@ def symmetric_version(words: Tensor, bits: int, columns: int) -> int | None:
     if _every_row(words, midpoint):
         return 2
     firsts = [constant_words(2 ** (bits - 1) - 1, bits, columns)]
-    if bits == 3:  # GPTQModel's two ways of subtracting one from whole words; three words are 32 fields
-        one = constant_words(1, bits, columns)
-        firsts += [midpoint - one, midpoint - one.view(-1, 3).flip(1).view(1, -1)]
+    if bits == 3:  # older versions of GPTQModel; 32 fields are three words
+        ones = constant_words(1, bits, columns).view(-1, 3)
+        firsts.append(midpoint - ones.flip(1).view(1, -1))
     return 1 if any(_every_row(words, first) for first in firsts) else None
 
 

@@ -26,7 +26,7 @@ from lowbit.errors import CheckpointError
 from lowbit.hookspecs import hookimpl
 from lowbit.interfaces import Importer, Kernel, Packer
 from lowbit.kernels import ReferenceKernel
-from lowbit.parts import TensorSpec, torch_dtype
+from lowbit.parts import TensorSpec
 from lowbit_formats.checkpoint_folder import file_names
 from lowbit_formats.hqq_layout import HqqPacker, hqq_scheme
 from lowbit_formats.quantized_folder import FolderImporter, ModuleReader, PackedModule, StoredModule, packed_spec
@@ -37,6 +37,7 @@ PACKER = HqqPacker()
 PICKLE = "qmodel.pt"
 CODES = ".W_q"
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INTEGERS = (torch.uint8, torch.int32, torch.int64)
 PACKINGS = {"8bit_u8": (8, 6, 5), "4bit_u8": (4,), "3bit_32": (3,), "2bit_u8": (2,), "1bit_u8": (1,)}
 """hqq's names of the packings, with the bits that they are for; 1.58 bits have three levels in the packing of 2."""
 REFUSED = {
@@ -65,7 +66,7 @@ SETTINGS = (
 class HqqReader(ModuleReader):
     """Reads modules of HQQ; what they are is in their own tensors."""
 
-    suffixes = ("W_q", "scale", "zero", "zero_scale", *SETTINGS)
+    suffixes = ("W_q", "scale", "zero", *SETTINGS)
 
     def open(self, stored: StoredModule) -> PackedModule:
         """Return the module; raise CheckpointError, by name, for what lowbit does not read."""
@@ -131,8 +132,8 @@ def _expect_buffers(stored: StoredModule, buffers: Mapping[str, TensorSpec]) -> 
     """Check the three tensors; W_q may be viewed as floats (view_as_float), which keeps its rows."""
     rows, columns = buffers["W_q"].shape
     row_bytes = columns * buffers["W_q"].dtype.itemsize
-    stored.matrix("W_q")
-    dtype = torch_dtype(stored.dtype("W_q"))
+    stored.matrix("W_q", buffers["W_q"].dtype, *SCALE_DTYPES)
+    dtype = stored.spec("W_q").dtype
     stored.expect("W_q", TensorSpec(dtype, (rows, row_bytes // dtype.itemsize)), f"the shape of {stored.name}")
     for buffer in ("scale", "zero"):
         stored.expect(buffer, buffers[buffer], f"the shape of {stored.name}")
@@ -149,16 +150,17 @@ def _bits(stored: StoredModule) -> tuple[int, int | None]:
 
 
 def _shape(stored: StoredModule) -> tuple[int, int]:
-    values = [int(value) for value in _setting(stored, "shape").flatten().tolist()]
-    if len(values) != 2 or min(values) < 1:
+    tensor = _setting(stored, "shape")
+    values = tensor.flatten().tolist()
+    if tensor.dtype not in INTEGERS or len(values) != 2 or min(values) < 1:
         raise CheckpointError(f"{stored.tensor('shape')} is {values}; lowbit reads matrices [out, in]")
     return values[0], values[1]
 
 
 def _number(stored: StoredModule, suffix: str) -> float:
     tensor = _setting(stored, suffix)
-    if tensor.numel() != 1:
-        raise CheckpointError(f"{stored.tensor(suffix)} must be one number, got {tensor.numel()}")
+    if tensor.numel() != 1 or tensor.dtype not in (*INTEGERS, *SCALE_DTYPES) or not bool(torch.isfinite(tensor)):
+        raise CheckpointError(f"{stored.tensor(suffix)} must be one finite number, got {tensor.flatten()[:4].tolist()}")
     return float(tensor)
 
 

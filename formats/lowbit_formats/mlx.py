@@ -51,6 +51,7 @@ class MlxReader(ModuleReader):
     """Reads modules whose bits and group size the config gives."""
 
     suffixes = ("scales", "biases", "weight")
+    telltale = ("biases",)
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self._where = where

@@ -103,6 +103,8 @@ class ModuleReader(ABC):
 
     suffixes: ClassVar[tuple[str, ...]]
     """The tensors that belong to a module; the first is the one by which it is known."""
+    telltale: ClassVar[tuple[str, ...]] = ()
+    """Suffixes that no other tensor has: without the first of ``suffixes`` beside it, such a tensor is half a module."""
 
     @abstractmethod
     def open(self, stored: StoredModule) -> PackedModule:
@@ -122,7 +124,8 @@ class QuantizedCheckpoint(Checkpoint):
         self._shards = ShardSet(files)
         try:
             self._modules = {stored.name + WEIGHT: reader.open(stored) for stored in _modules(self._shards, reader)}
-            self._check_names(reader.suffixes)
+            self._check_whole(reader)
+            self._check_modules(reader.suffixes)
             self.entries: Mapping[str, Entry] = dict(self._in_file_order(reader.suffixes))
         except BaseException:
             self.close()
@@ -141,8 +144,21 @@ class QuantizedCheckpoint(Checkpoint):
         """Close the files."""
         self._shards.close()
 
-    def _check_names(self, suffixes: tuple[str, ...]) -> None:
-        """Raise CheckpointError for a module that is there plain, too; some formats call their codes ``weight``."""
+    def _check_whole(self, reader: ModuleReader) -> None:
+        """Raise CheckpointError for a tensor that only a module has, where there is no module."""
+        for name in self._shards:
+            weight = _weight_of(name, reader.telltale)
+            if weight != name and weight not in self._modules:
+                mark = f"{weight.removesuffix(WEIGHT)}.{reader.suffixes[0]}"
+                raise CheckpointError(f"{name} is there, but {mark} is not; the checkpoint is incomplete")
+
+    def _check_modules(self, suffixes: tuple[str, ...]) -> None:
+        """Raise CheckpointError without modules, or for one that is plain, too; some formats call their codes ``weight``."""
+        if not self._modules:
+            raise CheckpointError(
+                f"{self.path} says that it is quantized, but has no tensor *.{suffixes[0]}; remove the quantization_config "
+                "if its weights are plain"
+            )
         twice = self._modules.keys() & self._shards.keys()
         if twice and WEIGHT.removeprefix(".") not in suffixes:
             raise CheckpointError(f"{min(twice)} is there twice, plain and quantized; remove one of them")

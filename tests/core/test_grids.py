@@ -16,7 +16,12 @@ from lowbit.testing import samples, strategies
 from lowbit.trellis import decode_tiles
 
 F32 = np.float32
-FILLS = ("plain", "negative", "subnormal", "zeros")  # products of the largest floats overflow, and then order matters
+FILLS = (
+    "ordinary",
+    "negative",
+    "subnormal",
+    "zeros",
+)  # products of the largest floats overflow, and then order matters
 
 
 class Slow:
@@ -125,7 +130,7 @@ def block_hadamard(length, block):
     for start in range(0, length, block):
         for i in range(block):
             for j in range(block):
-                matrix[start + i, start + j] = (-1) ** bin(i & j).count("1") / math.sqrt(block)
+                matrix[start + i, start + j] = (-1) ** (i & j).bit_count() / math.sqrt(block)
     return matrix
 
 

@@ -113,9 +113,7 @@ CASES = {
         {"codes": (I16, (2, 3, 28)), "codebook": (F32, (512, 2)), "scales": (F16, (20, 1))},
     ),
     "EXL3: computed trellis, one scale, float signs": (
-        Scheme(
-            Grid.TRELLIS, 0, flat=True, trellis=Trellis("mul1", (2,)), rotation=Rotation(128, 128, dtype="float16")
-        ),
+        Scheme(Grid.TRELLIS, 0, flat=True, trellis=Trellis("mul1", (2,)), rotation=Rotation(128, 128, dtype="float16")),
         (128, 256),
         {
             "codes": (I16, (8, 16, 32)),

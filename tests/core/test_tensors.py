@@ -31,7 +31,9 @@ def test_parts_that_do_not_fit_are_refused(changes, sentence):
 def test_missing_parts_are_named():
     incomplete = parts()
     del incomplete["zeros"]
-    with pytest.raises(SchemeError, match=r"affine 4-bit g32 asym weight of \(4, 64\) needs 'zeros'; got codes, scales"):
+    with pytest.raises(
+        SchemeError, match=r"affine 4-bit g32 asym weight of \(4, 64\) needs 'zeros'; got codes, scales"
+    ):
         QuantizedTensor(SCHEME, SHAPE, incomplete)
 
 

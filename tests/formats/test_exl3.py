@@ -267,6 +267,8 @@ def test_padded_matrices_are_refused(tmp_path, config):
         ({"mcg": torch.tensor(0)}, "flagged as mcg and as mul1"),
         ({"mul1": torch.tensor(7, dtype=torch.int32)}, "mul1 is [7], and lowbit knows the multiplier 0x83dcd12d"),
         ({"suh": None}, "suh is missing"),
+        ({"trellis": None}, "up_proj.trellis is not; the checkpoint is incomplete"),
+        ({"mul1": torch.tensor(torch.nan)}, "mul1 is [nan]"),
         ({"svh": torch.ones(256, dtype=torch.float16)}, "svh is float16 [256]"),
         ({"suh": torch.ones(256)}, "suh is float32 [256]"),
         ({"suh": None, "su": torch.zeros(17, dtype=torch.int16)}, "su is int16 [17]"),

@@ -245,9 +245,8 @@ def test_zero_points_of_zero_are_given_back_by_their_writers_rule(tmp_path, bits
 
 
 THREE_BITS = {
-    "AutoGPTQ, a field at a time": (0xDB6DB6DB, 0xB6DB6DB6, 0x6DB6DB6D),
-    "GPTQModel, whole words": (0xDB6DB6DB, 0xB6DB6DB7, 0x6DB6DB6E),
-    "GPTQModel before 7, constants swapped": (0x00000000, 0xB6DB6DB7, 0x49249249),
+    "a field at a time": (0xDB6DB6DB, 0xB6DB6DB6, 0x6DB6DB6D),
+    "whole words, constants swapped": (0x00000000, 0xB6DB6DB7, 0x49249249),
     "version 2": (0x24924924, 0x49249249, 0x92492492),
 }
 
@@ -258,14 +257,6 @@ def test_every_dialect_of_symmetric_three_bits_is_known(tmp_path, words, symmetr
     row = torch.tensor(words).to(torch.int32)
     path = write(tmp_path / "it", module(affine(3), qzeros=row.repeat(4, 1)), {**CONFIG, "bits": 3, "sym": symmetric})
     assert_packed(read(path), packed(affine(3)))
-
-
-def test_three_bits_are_written_as_version_2(tmp_path):
-    """The one encoding that no program reads differently; a symmetric neighbour of 4 bits follows."""
-    values = {f"{UP}.weight": packed(affine(3)), "model.layers.1.mlp.up_proj.weight": packed(affine())}
-    assert export(tmp_path / "out", values)["checkpoint_format"] == "gptq_v2"
-    for name, value in values.items():
-        assert_packed(read(tmp_path / "out", name), value)
 
 
 def test_asymmetric_three_bits_of_gptqmodel_are_refused(tmp_path):
@@ -470,3 +461,9 @@ def test_the_plugin_registers_everything():
     assert {"torch-gptq", "torch-gptq_v2"} == set(found.kernels)
     assert {rule.loader for rule in found.exporters["gptq"].loaders()} >= {"vllm", "sglang", "transformers"}
     assert list(found.importers) == ["gptq"]
+
+
+def test_a_config_without_quantized_tensors_is_refused(tmp_path):
+    path = write(tmp_path / "it", {"model.norm.weight": torch.ones(3)})
+    with pytest.raises(CheckpointError, match=r"says that it is quantized, but has no tensor \*\.qweight"):
+        IMPORTER.open(path)

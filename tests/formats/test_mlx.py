@@ -201,6 +201,7 @@ def test_settings_that_contradict_the_tensors_are_refused(tmp_path, changes, rea
     ("changes", "reason"),
     [
         ({f"{UP}.biases": None}, "biases is missing"),
+        ({f"{UP}.scales": None}, "up_proj.scales is not; the checkpoint is incomplete"),
         ({f"{UP}.weight": None}, "weight is missing"),
         ({f"{UP}.biases": torch.ones(6, 1)}, r"biases is float32 \[6, 1\]"),
         (

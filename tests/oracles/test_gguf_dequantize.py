@@ -1,5 +1,8 @@
 """The gguf package's own dequantizers: every block of random bytes means the same floats here, bit for bit."""
 
+import ctypes
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -40,6 +43,47 @@ def test_same_floats_as_the_gguf_package(packer, rows, blocks, seed):
     packed = random_blocks(packer, rows, blocks, seed)
     theirs = gguf.dequantize(packed.buffers["blocks"].numpy(), gguf.GGMLQuantizationType[packer.type.name])
     assert bit_equal(ReferenceKernel(packer).dequantize(packed), torch.from_numpy(theirs))
+
+
+@pytest.mark.parametrize("packer", PACKERS, ids=lambda packer: packer.layout)
+def test_same_floats_as_ggml_in_c(packer):
+    """ggml's ``to_float`` for every type; of Q2_0 only the sign of zeros may differ, because its codes are mirrored."""
+    ggml = ggml_library()
+    traits = ggml.ggml_get_type_traits(packer.type.id).contents
+    assert (traits.block, traits.nbytes) == (packer.type.weights, packer.type.nbytes)
+    packed = random_blocks(packer, 8, 1024 // packer.type.weights, seed=0)
+    blocks, found = packed.buffers["blocks"], torch.empty(8, 1024)
+    assert ggml.ggml_validate_row_data(
+        packer.type.id, ctypes.c_void_p(blocks.data_ptr()), ctypes.c_size_t(blocks.numel())
+    )
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(traits.to_float)(
+        blocks.data_ptr(), found.data_ptr(), found.numel()
+    )
+    ours = ReferenceKernel(packer).dequantize(packed)
+    assert torch.equal(ours, found)
+    assert bit_equal(ours, found) or packer.type.name == "Q2_0"
+
+
+class Traits(ctypes.Structure):
+    """The start of ggml's ``struct ggml_type_traits``."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("block", ctypes.c_int64),
+        ("interleave", ctypes.c_int64),
+        ("nbytes", ctypes.c_size_t),
+        ("quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+    )
+
+
+def ggml_library():
+    """The library that llama-cpp-python brings."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    library = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("*ggml-base.*"))))
+    library.ggml_get_type_traits.restype = ctypes.POINTER(Traits)
+    library.ggml_validate_row_data.restype = ctypes.c_bool
+    return library
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"])

@@ -8,6 +8,7 @@ import torch
 
 from lowbit.grids import dequantize
 from lowbit.interfaces import Metadata
+from lowbit.parts import TensorSpec
 from lowbit.tensors import QuantizedTensor
 from lowbit.testing import samples
 from lowbit_formats.mlx import MlxExporter, MlxImporter
@@ -66,3 +67,33 @@ def test_mlx_reads_what_lowbit_writes(bits, dtype, tmp_path):
     assert (weight.dtype, scales.dtype) == (mx.uint32, getattr(mx, dtype))
     theirs = mx.dequantize(weight, scales, biases, said["group_size"], said["bits"], mode=said["mode"])
     assert torch.equal(as_torch(theirs).float(), dequantize(quantized))
+
+
+def test_mlx_lm_loads_a_written_model_with_a_setting_for_each_module(tmp_path):
+    utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"model_type": "llama", "vocab_size": 40, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, **sizes}
+    shapes = {f"self_attn.{name}_proj": (64, 64) for name in "qkvo"} | {
+        "mlp.gate_proj": (96, 64),
+        "mlp.up_proj": (96, 64),
+    }
+    weights = {f"model.layers.0.{name}.weight": (4, 64, shape) for name, shape in shapes.items()}
+    weights["model.layers.0.mlp.down_proj.weight"] = (6, 32, (64, 96))
+    weights["model.embed_tokens.weight"] = (8, 64, (40, 64))
+    values = {
+        name: PACKER.pack(samples.quantized(mlx_scheme(bits, group_size, "float32"), shape, seed))
+        for seed, (name, (bits, group_size, shape)) in enumerate(weights.items())
+    }
+    norms = ("layers.0.input_layernorm", "layers.0.post_attention_layernorm", "norm")
+    values |= {f"model.{name}.weight": torch.ones(64) for name in norms}
+    entries = {
+        name: TensorSpec.of(value) if isinstance(value, torch.Tensor) else value.spec for name, value in values.items()
+    }
+    MlxExporter().write(tmp_path / "m", entries, iter(values.items()), Metadata(config))
+    model, _ = utils.load_model(tmp_path / "m")
+    modules = dict(model.named_modules())
+    for name in weights:
+        module = modules[name.removesuffix(".weight")]
+        theirs = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
+        assert torch.allclose(as_torch(theirs), dequantize(PACKER.unpack(values[name])), rtol=1e-6, atol=1e-7), name
+    assert np.isfinite(np.array(model(mx.array([[1, 2, 3]])))).all()

@@ -15,15 +15,15 @@ from lowbit.tensors import PackedTensor, QuantizedTensor
 
 GROUPS = (256, 128, 64, 32)
 """Group sizes that the product knows."""
-MOST_ROWS = 16
+MOST_ROWS = 256
 """Rows of x from which decoding W once is faster."""
 
 
 class Int4Kernel(UnpackedKernel):
     """``w = (q - 8) * s + z`` with s and z in bfloat16: torch's own meaning, in which every affine grid can be said.
 
-    Codes above 4 bits become two planes, ``q = 16 * high + low``, each a product of its own. Scales are rounded to bfloat16,
-    which errs as much as rounding the weights to bfloat16 does: by 2**-9 of ``|q - 8| s + |z|``. Long prompts (more than
+    Codes above 4 bits become two planes, ``q = 16 * high + low``, each a product of its own. Scales and zeros are rounded to
+    bfloat16: by 2**-9 of ``|q - 8| s + |z|``, as much as rounding a symmetric weight itself would do. Long prompts (more than
     ``MOST_ROWS`` rows) are multiplied by the decoded weight instead.
 
     Only bfloat16 is vectorized in torch's CPU kernel (measured 2026-11, torch 2.13, AVX2, 2048x2048, one row: 0.3 ms in
@@ -64,7 +64,7 @@ class Int4Kernel(UnpackedKernel):
 
     def arrange(self, quantized: QuantizedTensor) -> dict[str, Tensor]:
         """Pack the planes, and say scales and zeros in torch's way."""
-        codes = quantized.parts["codes"]
+        codes = quantized.parts["codes"] + shift(quantized.scheme)
         planes = [codes] if quantized.scheme.bits <= 4 else [codes >> 4, codes & 0xF]
         nibbles = torch.stack([int4_order.pack(plane) for plane in planes])
         return {"nibbles": nibbles, "scales_and_zeros": _scales_and_zeros(quantized)}
@@ -72,7 +72,8 @@ class Int4Kernel(UnpackedKernel):
     def codes(self, prepared: PackedTensor) -> Tensor:
         """Read the planes back."""
         planes = [int4_order.unpack(plane, *prepared.shape) for plane in prepared.buffers["nibbles"]]
-        return planes[0] if len(planes) == 1 else planes[0] << 4 | planes[1]
+        codes = planes[0] if len(planes) == 1 else planes[0] << 4 | planes[1]
+        return codes - shift(prepared.scheme)
 
     def matmul(self, x: Tensor, packed: PackedTensor, bias: Tensor | None = None) -> Tensor:
         """Add the products of the planes; float32 sums inside torch, each product rounded once to bfloat16."""
@@ -102,26 +103,32 @@ def _across_rows(scheme: Scheme) -> bool:
     return scheme.scales.two_level and scheme.scales.across is Across.ROWS
 
 
+def shift(scheme: Scheme) -> int:
+    """Return what is added to codes so that their middle is torch's: 8, or 128 with two planes. Then zeros are small."""
+    return (8 if scheme.bits <= 4 else 128) - scheme.midpoint
+
+
 def _scales_and_zeros(quantized: QuantizedTensor) -> Tensor:
     """Return bfloat16 (planes, groups, out, 2): for each plane the s and z of ``(code - 8) * s + z``.
 
-    w = s (q - c), or s q + m:  one plane   z = s (8 - c), or 8 s + m
-                                two planes  high: 16 s and 0;  low: s and s (136 - c), or 136 s + m   (136 = 16 * 8 + 8)
+    With c the scheme's zero, h its midpoint and codes shifted by ``shift``:
+        one plane    w = (q - 8) s + Z           Z = (h - c) s, or h s + m
+        two planes   w = 16 s (high - 8)  +  s (low - 8) + Z + 8 s
 
     The scale is rounded first, so that scale and zero agree: what is left of the rounding is relative.
     """
     scheme, columns = quantized.scheme, quantized.shape[1]
     scales = decode_scales(quantized).bfloat16().float()
-    base = 8 if scheme.bits <= 4 else 136
     if scheme.zero is Zero.MINIMUM:
-        zeros = base * scales + decode_scales(quantized, "minimums")
+        zeros = scheme.midpoint * scales + decode_scales(quantized, "minimums")
     elif scheme.zero is Zero.SYMMETRIC:
-        zeros = (base - scheme.midpoint) * scales
+        zeros = torch.zeros_like(scales)
     elif scheme.zero is Zero.INTEGER:
-        zeros = (base - quantized.parts["zeros"].float()) * scales
+        zeros = (scheme.midpoint - quantized.parts["zeros"].float()) * scales
     else:
-        zeros = (base - decode_scales(quantized, "zeros")) * scales
-    planes = [(scales, zeros)] if base == 8 else [(16 * scales, torch.zeros_like(scales)), (scales, zeros)]
+        zeros = (scheme.midpoint - decode_scales(quantized, "zeros")) * scales
+    low, high = (scales, zeros + 8 * scales), (16 * scales, torch.zeros_like(scales))
+    planes = [(scales, zeros)] if scheme.bits <= 4 else [high, low]
     size = group_size(scheme, columns)
     assert size is not None
     group = (

@@ -12,7 +12,7 @@ from lowbit.runtime.unpacked import UnpackedKernel, matmul_rows
 from lowbit.scheme import Grid, Scheme
 from lowbit.tensors import PackedTensor, QuantizedTensor
 
-MOST_ROWS = 16
+MOST_ROWS = 256
 """Rows of x from which decoding W once is faster."""
 
 

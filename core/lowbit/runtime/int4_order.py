@@ -15,6 +15,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lowbit.workers import map_ranges
+
 _COLUMNS = 32
 _BLOCKS = (64, 32, 16)
 
@@ -29,15 +31,25 @@ def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
     """Undo ``pack``: uint8 codes (rows, columns)."""
     found = orders(rows)
     assert found is not None
-    nibbles = torch.stack((packed & 0xF, packed >> 4), dim=-1).reshape(-1)
     codes = torch.empty(rows, columns, dtype=torch.uint8)
-    start = 0
+    stored, start = packed.reshape(-1), 0
     for order in found:  # blocks of one size, then a shorter last one
-        height = order.shape[1]
-        part = nibbles[start * columns : (start + order.numel()) * columns].reshape(-1, columns, height)
-        codes[order.reshape(-1)] = part.transpose(1, 2).reshape(-1, columns)
-        start += order.numel()
+        stop = start + order.numel() * columns // 2
+        _unpack_blocks(stored[start:stop].view(order.shape[0], columns, -1), order, codes)
+        start = stop
     return codes
+
+
+def _unpack_blocks(stored: Tensor, order: Tensor, codes: Tensor) -> None:
+    """Write blocks of bytes (blocks, columns, height / 2) to the rows of ``codes`` that ``order`` names."""
+    columns, height = stored.shape[1], order.shape[1]
+
+    def fill(start: int, stop: int) -> None:
+        bytes_of = stored[start:stop].transpose(1, 2).contiguous()  # (blocks, height / 2, columns)
+        codes[order[start:stop, 0::2].reshape(-1)] = (bytes_of & 0xF).view(-1, columns)
+        codes[order[start:stop, 1::2].reshape(-1)] = (bytes_of >> 4).view(-1, columns)
+
+    map_ranges(fill, len(stored), columns * height)
 
 
 @cache

@@ -26,7 +26,7 @@ from lowbit.scheme import (
 from lowbit.tensors import QuantizedTensor
 from lowbit.testing.weights import generator
 
-FLOAT_FILLS = ("plain", "negative", "bits", "subnormal", "extreme", "zeros")
+FLOAT_FILLS = ("ordinary", "negative", "bits", "subnormal", "extreme", "zeros")
 INTEGER_FILLS = ("random", "lowest", "highest")
 
 _INTEGER_VIEWS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
@@ -76,7 +76,7 @@ REPRESENTATIVES: tuple[tuple[Scheme, tuple[int, int]], ...] = (
 
 
 def quantized(
-    scheme: Scheme, shape: tuple[int, int], seed: int = 0, floats: str = "plain", integers: str = "random"
+    scheme: Scheme, shape: tuple[int, int], seed: int = 0, floats: str = "ordinary", integers: str = "random"
 ) -> QuantizedTensor:
     """Return a valid tensor of ``scheme``: codes in range, finite floats, outliers in CSR order, groups of equal size.
 
@@ -105,7 +105,7 @@ def fill(spec: TensorSpec, how: str, source: torch.Generator) -> Tensor:
     """Return finite floats of ``spec`` for one of ``FLOAT_FILLS``; float8_e8m0fnu has neither zero, sign nor mantissa."""
     dtype, shape = spec.dtype, spec.shape
     if dtype is torch.float8_e8m0fnu:
-        lowest, highest = {"plain": (117, 128), "negative": (117, 128), "extreme": (254, 255)}.get(how, (0, 255))
+        lowest, highest = {"ordinary": (117, 128), "negative": (117, 128), "extreme": (254, 255)}.get(how, (0, 255))
         return torch.randint(lowest, highest, shape, generator=source).to(torch.uint8).view(dtype)
     if how in ("bits", "subnormal"):
         return _bit_patterns(spec, how == "bits", source)

@@ -20,7 +20,9 @@ class GgmlOptions:
 
     type: TypeName = field(
         default="q4_k",
-        metadata={"help": "the ggml type, as llama.cpp names it; a format's variant such as gguf:q4_k_m chooses it for each tensor"},
+        metadata={
+            "help": "the ggml type, as llama.cpp names it; a format's variant such as gguf:q4_k_m chooses it for each tensor"
+        },
     )
 
     def __post_init__(self) -> None:

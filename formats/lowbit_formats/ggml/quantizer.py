@@ -43,9 +43,7 @@ class GgmlQuantizer(Quantizer[GgmlOptions]):
             return None
         return options if options.type in types else replace(options, type=cast(TypeName, types[0]))
 
-    def quantize(
-        self, weight: Tensor, options: GgmlOptions, calibration: Calibration | None = None
-    ) -> QuantizedTensor:
+    def quantize(self, weight: Tensor, options: GgmlOptions, calibration: Calibration | None = None) -> QuantizedTensor:
         """Quantize ``weight`` (out, in), pieces of rows in parallel.
 
         Raises WeightError for NaN, infinity or a weight beyond float16, and SchemeError for rows that are not whole blocks or
@@ -89,7 +87,7 @@ def _importance(calibration: Calibration | None, weight: Tensor) -> Tensor | Non
 def _check(x: Tensor) -> None:
     """Refuse what no type can hold: two comparisons on the extremes, which NaN does not pass."""
     low, high = (float(value) for value in torch.aminmax(x))
-    if not (-FLOAT16_MAX <= low and high <= FLOAT16_MAX):
+    if not (low >= -FLOAT16_MAX and high <= FLOAT16_MAX):
         if x.isfinite().all():
             raise WeightError(
                 f"holds {high if high > -low else low:g}, beyond {FLOAT16_MAX:g}, the largest float16; ggml's types cannot hold it, "

@@ -62,7 +62,9 @@ def round_mxfp4(x: Tensor, size: int = 32) -> Parts:
     """
     groups = x.view(-1, size)
     magnitudes = absmax(groups)
-    exponents = torch.frexp(magnitudes).exponent.add_(124).clamp_(3, 254)  # frexp's mantissa is below 1: 2**(e - 1) <= |x|
+    exponents = (
+        torch.frexp(magnitudes).exponent.add_(124).clamp_(3, 254)
+    )  # frexp's mantissa is below 1: 2**(e - 1) <= |x|
     inverse = (256 - exponents << 23).view(torch.float32)  # the bits of 4 * 2**(127 - exponent)
     quarters = (groups.abs() * inverse.unsqueeze(1)).ceil_().clamp_(max=_E2M1_SLOTS - 1)
     codes = _e2m1_codes().to(x.device).index_select(0, quarters.to(torch.int32).view(-1)).view(groups.shape)
@@ -86,7 +88,7 @@ def sign_planes(x: Tensor, importance: Tensor | None, size: int = 128) -> Parts:
 
 def absmax(groups: Tensor) -> Tensor:
     """Return the largest magnitude of each group: (groups, size) to (groups,)."""
-    return torch.maximum(groups.amax(1), groups.amin(1).neg_())
+    return torch.maximum(groups.amax(1), groups.amin(1).neg_()).abs_()  # abs: of two zeros the positive one
 
 
 def _round_half_away(values: Tensor) -> Tensor:

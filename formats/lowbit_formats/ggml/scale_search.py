@@ -8,12 +8,13 @@ largest magnitude near the lowest value, and for given codes the best scale is `
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lowbit_formats.ggml.weighted_groups import WeightedGroups, group_extremes, quotient, reciprocal
+from lowbit_formats.ggml.weighted_groups import LEAST, WeightedGroups, group_extremes, reciprocal
 
 
 class Values(Protocol):
@@ -44,7 +45,7 @@ class Codebook:
     """Ascending whole numbers: twice a midpoint is whole, so floor(2 x) tells the nearest value; the upper one of two."""
 
     def __init__(self, values: Sequence[int]) -> None:
-        doubled = [low + high for low, high in zip(values, values[1:], strict=False)]  # twice the midpoints
+        doubled = [low + high for low, high in pairwise(values)]  # twice the midpoints
         self._shift, self._slots = 1 - doubled[0], doubled[-1] - doubled[0] + 1  # slot 0: below every midpoint
         slots = torch.arange(self._slots + 1) - self._shift
         self._codes = (slots[:, None] >= torch.tensor(doubled)).sum(1).to(torch.uint8)
@@ -87,7 +88,7 @@ def search_scale(groups: WeightedGroups, values: Values, targets: Sequence[float
 def _better(groups: WeightedGroups, best: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
     """Return the scale and gain of the codes in ``groups`` where they gain more, else those given."""
     vv, xv = groups.symmetric_sums()
-    scale = quotient(xv, vv)
+    scale = xv / vv.clamp_min_(LEAST)  # both are 0 where all values are
     gain = scale * xv
     better = gain > most
     return torch.where(better, scale, best), torch.where(better, gain, most)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbit_formats.ggml.scale_search import WholeNumbers, search_scale
-from lowbit_formats.ggml.weighted_groups import CodeSums, WeightedGroups, quotient, reciprocal
+from lowbit_formats.ggml.weighted_groups import LEAST, CodeSums, WeightedGroups, quotient, reciprocal
 
 UNIT_FACTORS = (1.0, 0.97, 0.94, 1.04)
 FLOAT16_MAX = 65504.0
@@ -48,7 +48,9 @@ def affine_units(
     }
 
 
-def symmetric_units(groups: WeightedGroups, scale: Tensor, half: int, half_unit: int, per_block: int) -> dict[str, Tensor]:
+def symmetric_units(
+    groups: WeightedGroups, scale: Tensor, half: int, half_unit: int, per_block: int
+) -> dict[str, Tensor]:
     """Return the parts of a two-level symmetric scheme for signed scales (groups,).
 
     ``x = d * unit * q`` with codes q from -half to half - 1, stored as q + half, and units from -half_unit to half_unit - 1.
@@ -59,7 +61,7 @@ def symmetric_units(groups: WeightedGroups, scale: Tensor, half: int, half_unit:
     units = _signed_units(scales, d, half_unit)
     groups.encode((d * units).view(-1), None, -half, half - 1)
     qq, xq = (sums.view(-1, per_block) for sums in groups.symmetric_sums())
-    units = _signed_units(quotient(xq, qq), d, half_unit)
+    units = _signed_units(xq / qq.clamp_min(LEAST), d, half_unit)
     found = quotient((units * xq).sum(1, keepdim=True), (units * units * qq).sum(1, keepdim=True))
     d = torch.where(found * d > 0, _half(found), d)
     groups.encode((d * units).view(-1), None, -half, half - 1)
@@ -80,11 +82,11 @@ class _AffineFit:
 
     def best_scales(self, depths: Tensor) -> Tensor:
         """Return the best scale of each group when ``depths`` is subtracted."""
-        return quotient(self._xq + depths * self._q, self._qq)
+        return (self._xq + depths * self._q) / self._qq.clamp_min(LEAST)
 
     def best_depths(self, scales: Tensor) -> Tensor:
         """Return the best depth of each group for given scales."""
-        return quotient(scales * self._q - self._wx, self._w)
+        return (scales * self._q - self._wx) / self._w.clamp_min(LEAST)
 
     def best_floats(self, units: Tensor, depths: Tensor, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor]:
         """Return the best float16 ``d`` and ``dmin`` (blocks, 1), as float32; those given where none is better.

@@ -27,11 +27,6 @@ def spread_weighting(groups: Tensor) -> Tensor:
     return groups.abs().add_(rms)
 
 
-def square_weighting(groups: Tensor) -> Tensor:
-    """Return ``x x``."""
-    return groups.square()
-
-
 def calibrated_weighting(x: Tensor, importance: Tensor, block: int) -> Tensor:
     """Return ``importance * sqrt(mean x x + x x)`` for x (rows, columns), the mean over blocks of ``block`` weights."""
     blocks = x.view(len(x), -1, block)

@@ -1,7 +1,9 @@
 """The model architectures that can be told in GGUF: names of tensors, and what llama.cpp does to their values.
 
 llama.cpp renames tensors (``conversion/`` and ``gguf-py/gguf/tensor_mapping.py``), interleaves the rows of q and k of
-``llama`` (its rotary embedding turns neighbours, Hugging Face's turns halves), and stores gemma's norms plus one.
+``llama`` (its rotary embedding turns neighbours, Hugging Face's turns halves), and stores gemma's norms plus one. In float32
+that sum forgets the sign of a zero and all below 2**-24, so the norms themselves are kept in the key EXACT_NORMS, in the order
+of the tensors; whoever does not know it reads the sums.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from lowbit.errors import CheckpointError
 
+EXACT_NORMS = "lowbit.norms"
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _ATTENTION = {
     "attn_norm": "input_layernorm",
@@ -97,6 +100,7 @@ class Architecture:
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
+        # llama.cpp's llama has no sliding window: Mistral 7B v0.1 loses its own, as in llama.cpp's converter.
         Architecture("llama", "llama", "LlamaForCausalLM", ("llama", "mistral"), _LLAMA, interleaved=True),
         Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", ("qwen2",), _LLAMA),
         Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", ("qwen3",), _QWEN3),
@@ -132,13 +136,8 @@ def check_heads(name: str, rows: int, heads: int) -> None:
 
 
 def stored_norm(values: Tensor, offset: float) -> Tensor:
-    """Return what the file holds of a norm: float32, the offset added."""
+    """Return what llama.cpp expects of a norm: float32, the offset added (and rounded)."""
     return values.to(torch.float32) + offset
-
-
-def loaded_norm(stored: Tensor, offset: float) -> Tensor:
-    """Undo ``stored_norm``: exact for what ``stored_norm`` made of a value that it did not have to round."""
-    return stored.to(torch.float32) - offset
 
 
 def _renamed(

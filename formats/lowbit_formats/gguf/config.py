@@ -109,16 +109,20 @@ def why_not(config: Mapping[str, Any]) -> str | None:
     kind = config.get("model_type")
     if kind not in BY_MODEL_TYPE:
         return f"a {kind!r} model; GGUF export writes {', '.join(BY_MODEL_TYPE)}"
-    needed = (*_SHAPE, "rms_norm_eps", "vocab_size")
-    if missing := [name for name in needed if not isinstance(config.get(name), int | float)]:
-        return f"a config without {missing[0]!r}"
+    for name in (*_SHAPE, "vocab_size", "num_key_value_heads", "head_dim"):
+        value = config.get(name)
+        optional = name in ("num_key_value_heads", "head_dim") and value is None
+        if not optional and not (isinstance(value, int) and 0 < value < 2**31):
+            return f"a model whose {name} is {value!r}; it must be a positive number"
+    if not rope.is_number(config.get("rms_norm_eps")):
+        return f"a model whose rms_norm_eps is {config.get('rms_norm_eps')!r}; it must be a number"
     activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
     expected = ("gelu_pytorch_tanh",) if kind == "gemma3_text" else ("silu", "swish")
     if activation not in expected and (kind != "gemma3_text" or "hidden_activation" in config):
         return f"activation {activation!r}; llama.cpp computes {expected[0]} for {kind}"
     if config.get("use_sliding_window"):
         return "use_sliding_window; llama.cpp has full attention in every layer of this architecture"
-    if reason := rope.why_not(rope.parameters_of(config)):
+    if reason := rope.why_not(rope.parameters_of(config), head_dim_in(config)):
         return reason
     return _why_not_gemma3(config) if kind == "gemma3_text" else None
 
@@ -160,11 +164,7 @@ def _gemma3(keys: Keys, config: Mapping[str, Any], parameters: Mapping[str, Any]
 
 
 def _gemma3_keys(config: Mapping[str, Any]) -> list[Key]:
-    sliding = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
-    keys = [
-        u32("attention.sliding_window", config["sliding_window"]),
-        f32("rope.freq_base_swa", sliding.get("rope_theta") or config.get("rope_local_base_freq") or 10000.0),
-    ]
+    keys = [u32("attention.sliding_window", config["sliding_window"]), f32("rope.freq_base_swa", _local_theta(config))]
     if softcap := config.get("final_logit_softcapping"):
         keys.append(f32("final_logit_softcapping", softcap))
     return keys
@@ -173,14 +173,30 @@ def _gemma3_keys(config: Mapping[str, Any]) -> list[Key]:
 def _why_not_gemma3(config: Mapping[str, Any]) -> str | None:
     layers, pattern = config["num_hidden_layers"], config.get("sliding_window_pattern", _SLIDING_PATTERN)
     types = config.get("layer_types") or _layer_types(layers, pattern)
-    if types != _layer_types(layers) or not config.get("sliding_window"):
+    if (
+        types != _layer_types(layers)
+        or not isinstance(config.get("sliding_window"), int)
+        or not config["sliding_window"]
+    ):
         return "layer_types other than five sliding layers and a full one; llama.cpp computes these for gemma3"
     scalar, expected = config.get("query_pre_attn_scalar", 256), _attention_scalar(config, head_dim_in(config))
     if scalar != expected:
         return f"query_pre_attn_scalar {scalar}; llama.cpp scales attention of such a model by {expected}"
+    numbers = {
+        "final_logit_softcapping": config.get("final_logit_softcapping") or 0,
+        "rope_theta": _local_theta(config),
+    }
+    if wrong := [name for name, value in numbers.items() if not rope.is_number(value)]:
+        return f"a model whose {wrong[0]} is {numbers[wrong[0]]!r}; it must be a number"
     if config.get("attn_logit_softcapping") or config.get("use_bidirectional_attention"):
         return "attn_logit_softcapping or use_bidirectional_attention, which llama.cpp's gemma3 does not have"
     return None
+
+
+def _local_theta(config: Mapping[str, Any]) -> Any:
+    """Return the base of sliding layers' rotary frequencies."""
+    sliding = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+    return sliding.get("rope_theta") or config.get("rope_local_base_freq") or 10000.0
 
 
 def _attention_scalar(config: Mapping[str, Any], head_dim: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 
@@ -17,14 +18,14 @@ from lowbit.loaders import LoaderRule
 from lowbit.parts import TensorSpec
 from lowbit.scheme import Scheme
 from lowbit.staging import staged
-from lowbit.tensors import PackedSpec, PackedTensor, bit_equal
+from lowbit.tensors import PackedSpec, PackedTensor
 from lowbit_formats.gguf import config, rope, tokenizer_json, vocabulary
 from lowbit_formats.gguf.architectures import (
     BY_MODEL_TYPE,
+    EXACT_NORMS,
     Architecture,
     check_heads,
     interleave,
-    loaded_norm,
     stored_norm,
 )
 from lowbit_formats.gguf.block_types import FILE_TYPES, FLOAT_TYPES, FLOATS, TYPES
@@ -35,7 +36,20 @@ from lowbit_formats.loader_table import loader_rules
 from lowbit_formats.output_folder import announced
 
 # TQ1_0 and TQ2_0 hold one scheme: TQ2_0, which computes faster, takes 2.06 bits a weight where TQ1_0 takes 1.69.
-_PREFERRED: tuple[str, ...] = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_0", "Q1_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+_PREFERRED: tuple[str, ...] = (
+    "Q8_0",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q2_0",
+    "Q1_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+)
 _PREFERRED += ("TQ2_0", "TQ1_0", "MXFP4", "IQ4_NL")
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 
@@ -50,6 +64,8 @@ class _Plan:
     slots: tuple[Slot, ...]
     extra: Mapping[str, Tensor]
     keys: tuple[Key, ...]
+    norms: Mapping[str, int]
+    """Where each norm is in the key EXACT_NORMS: bytes from its end."""
 
 
 class GgufExporter(Exporter):
@@ -96,6 +112,9 @@ class GgufExporter(Exporter):
                 target.put(name, values)
             for name, value in announced(entries, stream):
                 target.put(plan.names[name], _stored(plan, name, value))
+                if name in plan.norms:
+                    assert isinstance(value, Tensor)
+                    target.amend(EXACT_NORMS, plan.norms[name], value)
 
 
 def _plan(entries: Mapping[str, Entry], metadata: Metadata) -> _Plan:
@@ -115,7 +134,11 @@ def _plan(entries: Mapping[str, Entry], metadata: Metadata) -> _Plan:
     slots = [_slot(names[name], name, entry) for name, entry in entries.items()]
     slots += [Slot(name, TYPES["F32"], tuple(values.shape)) for name, values in extra.items()]
     keys = _keys(architecture, slots, metadata)
-    return _Plan(architecture, names, heads, tuple(slots), extra, tuple(keys))
+    sizes = {name: 4 * prod(entry.shape) for name, entry in entries.items() if architecture.offset_of(name)}
+    norms = dict(zip(reversed(sizes), accumulate(reversed(sizes.values())), strict=True))
+    if norms:
+        keys.append(Key(EXACT_NORMS, "f32[]", [0.0] * (sum(sizes.values()) // 4)))
+    return _Plan(architecture, names, heads, tuple(slots), extra, tuple(keys), norms)
 
 
 def _names(architecture: Architecture, blocks: int, entries: Mapping[str, Entry]) -> dict[str, str]:
@@ -163,11 +186,11 @@ def _keys(architecture: Architecture, slots: Iterable[Slot], metadata: Metadata)
         if len(slot.shape) == 2:
             weights[slot.type.name] += prod(slot.shape)
     keys = [text("general.architecture", architecture.name), text("general.type", "model")]
+    own = {key.name for key in keys}
     for name, value in metadata.provenance.items():
-        if not name.startswith("general."):
-            keys.append(text(f"lowbit.{name}", value))
-        elif name != "general.type":
-            keys.append(text(name, value))
+        full = name if name.startswith("general.") else f"lowbit.{name}"
+        if full not in own:
+            keys.append(text(full, value))
     keys += config.to_keys(metadata.config)
     keys.append(u32("general.file_type", FILE_TYPES[weights.most_common(1)[0][0]]))
     if any(name not in FLOATS for name in weights):
@@ -191,12 +214,4 @@ def _stored(plan: _Plan, name: str, value: Value) -> Tensor:
     if heads:
         value = interleave(value, heads)
     offset = plan.architecture.offset_of(name)
-    if not offset:
-        return value
-    stored = stored_norm(value, offset)
-    if not bit_equal(loaded_norm(stored, offset).to(value.dtype), value):
-        raise WeightError(
-            f"{name}: GGUF stores this norm plus {offset:g} in float32, which rounds some of its values away; round the norm "
-            f"to multiples of 2**-23 first"
-        )
-    return stored
+    return stored_norm(value, offset) if offset else value

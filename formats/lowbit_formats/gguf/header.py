@@ -133,8 +133,9 @@ def _keys(cursor: _Cursor, count: int) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for index in range(count):
         name = cursor.string(f"the name of key {index}")
-        if not name or name in keys:
-            raise CheckpointError(f"{cursor.path}: key {index} is {'a second ' + repr(name) if name else 'nameless'}")
+        if name in keys or not name or not name.isprintable():
+            wrong = "a second" if name in keys else "named"
+            raise CheckpointError(f"{cursor.path}: key {index} is {wrong} {name[:80]!r}; the file is damaged")
         keys[name] = _value(cursor, cursor.number("I", f"the kind of {name}"), name)
     return keys
 
@@ -159,8 +160,10 @@ def _value(cursor: _Cursor, kind: int, name: str) -> Any:
 
 def _info(cursor: _Cursor) -> tuple[str, BlockType, tuple[int, ...], int]:
     name = cursor.string("a tensor's name")
-    if not 0 < len(name.encode()) <= NAME_BYTES:
-        raise CheckpointError(f"{cursor.path}: a tensor's name has 1 to {NAME_BYTES} bytes, got {name[:80]!r}")
+    if not 0 < len(name.encode()) <= NAME_BYTES or not name.isprintable():
+        raise CheckpointError(
+            f"{cursor.path}: a tensor's name has 1 to {NAME_BYTES} printable bytes, got {name[:80]!r}"
+        )
     dimensions = cursor.number("I", f"the dimensions of {name}")
     if not 1 <= dimensions <= 4:
         raise CheckpointError(f"{cursor.path}: {name} has {dimensions} dimensions, a GGUF tensor has 1 to 4")

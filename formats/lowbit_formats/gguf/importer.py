@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor
 from lowbit.errors import CheckpointError
 from lowbit.interfaces import Checkpoint, Entry, Importer, Metadata, SideFile, Value
 from lowbit.parts import TensorSpec
-from lowbit.tensors import PackedSpec, PackedTensor
+from lowbit.tensors import PackedSpec, PackedTensor, bit_equal
 from lowbit_formats.gguf import config, rope, tokenizer_files, vocabulary
-from lowbit_formats.gguf.architectures import Architecture, check_heads, deinterleave, loaded_norm
+from lowbit_formats.gguf.architectures import EXACT_NORMS, Architecture, check_heads, deinterleave, stored_norm
 from lowbit_formats.gguf.block_types import DEQUANTIZED, FLOATS, BlockType
 from lowbit_formats.gguf.header import MAGIC, Header, TensorInfo, read_header
 from lowbit_formats.gguf.keys import Keys
@@ -54,6 +55,8 @@ class _Source:
     info: TensorInfo
     heads: int | None = None
     offset: float = 0.0
+    exact: Tensor | None = None
+    """What a norm was before the offset was added, if the file says; float32, flat."""
 
 
 class GgufCheckpoint(Checkpoint):
@@ -98,7 +101,7 @@ class GgufCheckpoint(Checkpoint):
         values = _floats(source)
         if source.heads:
             values = deinterleave(values, source.heads)
-        return loaded_norm(values, source.offset) if source.offset else values
+        return _without_offset(values, source) if source.offset else values
 
     def close(self) -> None:
         """Close the files."""
@@ -149,13 +152,33 @@ def _renamed(keys: Keys, architecture: Architecture, sources: Mapping[str, _Sour
         shared = architecture.heads_of(name, heads, kv_heads)
         if shared is not None:
             check_heads(name, source.info.shape[0], shared)
-        renamed[name] = _Source(source.descriptor, source.info, shared, architecture.offset_of(name))
+        renamed[name] = replace(source, heads=shared, offset=architecture.offset_of(name))
     if blocks > len(sources):
         raise CheckpointError(f"{keys.path} claims {blocks:,} blocks and holds {len(sources):,} tensors; it is damaged")
     if missing := [name for name in architecture.required(blocks) if name not in renamed]:
         wanted = architecture.ggml_name(missing[0], blocks)
         raise CheckpointError(f"{keys.path} has no tensor {wanted}, without which the model does not work")
-    return renamed
+    return _with_exact_norms(keys, renamed)
+
+
+def _with_exact_norms(keys: Keys, sources: dict[str, _Source]) -> dict[str, _Source]:
+    """Hand each norm its part of the key EXACT_NORMS; a key of another length belongs to another model and is ignored."""
+    exact = torch.tensor(keys.items(EXACT_NORMS, float, []), dtype=torch.float32)
+    norms = {name: math.prod(source.info.shape) for name, source in sources.items() if source.offset}
+    if len(exact) != sum(norms.values()):
+        return sources
+    parts = dict(zip(norms, torch.split(exact, list(norms.values())), strict=True)) if norms else {}
+    return {name: replace(source, exact=parts.get(name)) for name, source in sources.items()}
+
+
+def _without_offset(stored: Tensor, source: _Source) -> Tensor:
+    """Return a norm as Hugging Face has it: what the file keeps besides, if it belongs to what is stored, else the rest."""
+    stored = stored.to(torch.float32)
+    if source.exact is not None:
+        exact = source.exact.view(stored.shape)
+        if bit_equal(stored_norm(exact, source.offset), stored):
+            return exact.clone()
+    return stored - source.offset
 
 
 def _entry(path: Path, source: _Source) -> Entry:

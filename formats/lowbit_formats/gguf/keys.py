@@ -153,7 +153,9 @@ class Keys:
         return value
 
     def _full(self, name: str) -> str:
-        return name if name.startswith(("general.", "tokenizer.", "split.")) else f"{self.architecture}.{name}"
+        return (
+            name if name.startswith(("general.", "tokenizer.", "split.", "lowbit.")) else f"{self.architecture}.{name}"
+        )
 
     def _wrong(self, name: str, value: Any, wanted: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {self._full(name)} must be {wanted}, got {str(value)[:60]}")

@@ -25,6 +25,7 @@ _YARN = {
     "beta_fast": "yarn_beta_fast",
     "beta_slow": "yarn_beta_slow",
 }
+_OPTIONAL = (*_YARN, "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _NEEDED: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -72,14 +73,27 @@ def parameters_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def why_not(parameters: Mapping[str, Any]) -> str | None:
+def why_not(parameters: Mapping[str, Any], head_dim: int) -> str | None:
     """Return None when GGUF can say the rope parameters, else the reason."""
     kind = parameters["rope_type"]
     if kind not in _NEEDED:
-        return f"rope scaling {kind!r} cannot be told in GGUF; it can tell {', '.join(_NEEDED)}"
-    if missing := [name for name in _NEEDED[kind] if not parameters.get(name)]:
-        return f"rope scaling {kind!r} needs {missing[0]!r} in the config"
+        return f"rope scaling {kind!r}, which cannot be told in GGUF; it can tell {', '.join(_NEEDED)}"
+    for name in ("rope_theta", "partial_rotary_factor", *_NEEDED[kind]):
+        value = parameters.get(name)
+        if name.endswith(("long_factor", "short_factor")):
+            if not isinstance(value, list) or len(value) != head_dim // 2 or not all(map(is_number, value)):
+                return f"rope scaling {kind!r} whose {name} is not a list of {head_dim // 2} numbers"
+        elif not is_number(value):
+            return f"rope scaling {kind!r} whose {name!r} is {value!r}; it must be a number"
+    for name, value in parameters.items():
+        if name in _OPTIONAL and value is not None and not is_number(value):
+            return f"rope scaling {kind!r} whose {name!r} is {value!r}; it must be a number"
     return None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON document is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def to_keys(parameters: Mapping[str, Any], head_dim: int, config: Mapping[str, Any]) -> list[Key]:
@@ -133,30 +147,36 @@ def llama3_factors(parameters: Mapping[str, Any], head_dim: int) -> Tensor:
 
 
 def _llama3_parameters(factors: Tensor, theta: float) -> dict[str, Any]:
-    """Find the parameters again: the published ones if they give these factors, else those of a line through them.
+    """Find the parameters again: the published ones if they give these factors, else others that do.
 
     Between the two corner wavelengths, ``(1/f - 1/factor) / (1 - 1/factor)`` is linear in ``1 / wavelength`` with slope
-    context / (high - low) and intercept -low / (high - low): one unknown is free, and low = 1 is what everyone uses.
+    context / (high - low) and intercept -low / (high - low). One unknown is free, and low = 1 is what everyone uses; with a
+    single factor in between, high = 4 is too.
     """
-    factor = shortest(float(factors.max()))
-    guesses = [(8192, 1.0, 4.0)]
-    head_dim = 2 * len(factors)
+    factor, head_dim = shortest(float(factors.max())), 2 * len(factors)
     inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim) / (2 * math.pi)
     middle = (factors > 1) & (factors < factor)
-    if int(middle.sum()) > 1 and factor > 1:
+    guesses = [(8192, 4.0)]
+    if factor > 1 and bool(middle.any()):
         smooth = (1 / factors[middle].double() - 1 / factor) / (1 - 1 / factor)
+        guesses.append((round(float((3 * smooth[0] + 1) / inverse[middle][0])), 4.0))
         table = torch.stack((inverse[middle], torch.ones_like(smooth)), dim=1)
         slope, intercept = torch.linalg.lstsq(table, smooth[:, None]).solution[:, 0].tolist()
-        span = -1 / intercept
-        guesses.append((round(slope * span), 1.0, round(1 + span, 4)))
-    for context, low, high in guesses:
+        if intercept < 0:
+            guesses.append((round(-slope / intercept), round(1 - 1 / intercept, 4)))
+    elif factor > 1 and bool(
+        (factors == 1).any()
+    ):  # a corner between the last untouched frequency and the first scaled one
+        last, first = inverse[factors == 1].min(), inverse[factors == factor].max()
+        guesses.append((round(float(2 / (last * first) ** 0.5)), 4.0))
+    for context, high in guesses:
         found = {
             "factor": factor,
-            "low_freq_factor": low,
+            "low_freq_factor": 1.0,
             "high_freq_factor": high,
             "original_max_position_embeddings": context,
         }
-        if torch.allclose(llama3_factors({**found, "rope_theta": theta}, head_dim), factors, rtol=1e-4, atol=0):
+        if high > 1 and torch.allclose(llama3_factors({**found, "rope_theta": theta}, head_dim), factors, rtol=1e-4):
             return found
     raise CheckpointError(
         f"{FREQS} is no Llama 3 rope scaling (its largest factor is {factor}), and Hugging Face has no other of this form"

@@ -39,8 +39,14 @@ class TensorFile:
 
     def __init__(self, file: BinaryIO, keys: Iterable[Key], slots: Sequence[Slot]) -> None:
         self._file = file
-        keys = list(keys)
-        head = MAGIC + struct.pack("<IQQ", _VERSION, len(slots), len(keys)) + encode(keys)
+        encoded = {key.name: encode([key]) for key in keys}
+        head = MAGIC + struct.pack("<IQQ", _VERSION, len(slots), len(encoded))
+        self._key_ends: dict[str, int] = {}
+        end = len(head)
+        for name, raw in encoded.items():
+            end += len(raw)
+            self._key_ends[name] = end
+        head += b"".join(encoded.values())
         infos, offset = [], 0
         self._places: dict[str, tuple[int, int]] = {}
         for slot in slots:
@@ -59,5 +65,12 @@ class TensorFile:
         offset, nbytes = self._places[name]
         raw = raw_bytes(values)
         assert len(raw) == nbytes
-        self._file.seek(self._start + offset)
+        self._write(self._start + offset, raw)
+
+    def amend(self, key: str, before_end: int, values: Tensor) -> None:
+        """Overwrite elements of an array key that was written with a placeholder, ``before_end`` bytes from its end."""
+        self._write(self._key_ends[key] - before_end, raw_bytes(values))
+
+    def _write(self, position: int, raw: Tensor) -> None:
+        self._file.seek(position)
         self._file.write(raw.numpy().data)

@@ -151,7 +151,8 @@ def _fit_line(
 
     The normal equations of weighted linear regression; NaN where all steps are equal.
     """
-    weighted, mass, total = steps, float(unit.shape[-1]), unit.sum(-1)
+    weighted, total = steps, unit.sum(-1)
+    mass = torch.full_like(total, unit.shape[-1])
     if importance is not None:
         weighted = torch.mul(steps, importance, out=buffers.weighted)
         mass, total = importance.sum(-1), torch.mul(unit, importance, out=buffers.product).sum(-1)

@@ -42,7 +42,7 @@ def _normal_float_half(bits: int) -> Tensor:
     """
     count = 1 << bits
     upper = (torch.arange(count // 2, count, dtype=torch.float64) + 0.5) / count
-    quantiles = torch.special.ndtri(upper)
+    quantiles: Tensor = torch.special.ndtri(upper)
     return quantiles / quantiles[-1]
 
 

@@ -80,7 +80,7 @@ class KernelContract:
             found += [(PackedTensor(packed.spec, buffers), dtype) for dtype in dtypes]
         return found
 
-    @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+    @pytest.mark.parametrize("with_bias", [False, True], ids=["product", "with-bias"])
     @pytest.mark.parametrize("batch", BATCHES)
     def test_matmul_agrees_with_the_reference(
         self,

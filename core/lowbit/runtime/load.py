@@ -1,0 +1,209 @@
+"""``lowbit.load``: any checkpoint that an importer opens, as a transformers model with packed linears."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.errors import CheckpointError, OptionError
+from lowbit.interfaces import Checkpoint, Metadata
+from lowbit.plugins import installed
+from lowbit.registry import Registry
+from lowbit.runtime.choice import choose, problem_for
+from lowbit.runtime.extras import need_transformers
+from lowbit.runtime.lazy import LazyTensor, lazy_tensor
+from lowbit.runtime.linear import QuantLinear
+from lowbit.runtime.slots import PackedSlot, Slots, make_slots, replace_module
+from lowbit.tensors import PackedSpec, PackedTensor
+
+
+def load(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    keep_packed: bool = False,
+    cache_dequantized: bool = False,
+    registry: Registry | None = None,
+) -> Any:
+    """Load a model from a checkpoint of any installed format and return it, in evaluation mode, on ``device``.
+
+    Linears whose weights are packed become ``QuantLinear``; they are read one at a time, so that the peak is the model and
+    one weight. Packed weights of other modules (a GGUF file's embedding) are dequantized to ``dtype``. Everything else is
+    cast to ``dtype``: by default what the config says, but bfloat16 for packed weights where it says float32 or nothing.
+
+    Args:
+        path: A model folder or file.
+        device: Where to put the model.
+        dtype: Dtype of activations and of everything that is not packed.
+        keep_packed: Keep the packed bits beside a kernel's own arrangement of them, so that the model can be saved, moved or
+            cast. Without it such a layer keeps the arrangement only.
+        cache_dequantized: Keep a dense copy of each weight for products with more than one row.
+        registry: Components to use; by default everything installed.
+
+    Raises:
+        CheckpointError: When the checkpoint cannot be read, or its tensors are not those of the model.
+        NoRouteError: When no installed kernel runs a layout; it names the plugin.
+        OptionError: When transformers is not installed, or the device is not there.
+    """
+    need_transformers("lowbit.load")
+    registry, place = registry or installed(), _device(device)
+    with registry.open(Path(path)) as checkpoint:
+        config = _config(checkpoint.metadata, str(path))
+        dtype = dtype or _dtype(config, checkpoint)
+        for name, entry in checkpoint.entries.items():
+            if isinstance(entry, PackedSpec):
+                _check_kernel(name, entry, dtype, place, registry)
+        streaming = Streaming(checkpoint, registry, dtype)
+        model = streaming.build(config)
+        model.to(place)
+        streaming.fill(model, place, keep_packed, cache_dequantized)
+    return model
+
+
+@dataclass(slots=True)
+class Streaming:
+    """One load: what the quantizer in ``lowbit.runtime.hf`` is given, and fills in."""
+
+    checkpoint: Checkpoint
+    registry: Registry
+    dtype: torch.dtype
+    tensors: dict[str, LazyTensor] = field(default_factory=dict)
+    slots: Slots | None = None
+
+    def build(self, config: Any) -> Any:
+        """Let transformers make the model and load what is not packed; raise CheckpointError unless the names agree."""
+        from lowbit.runtime.hf import LowbitConfig, register
+
+        register()
+        model_class, quantization = _model_class(config), LowbitConfig()
+        quantization.streaming = self
+        options = {"config": config, "state_dict": self.tensors, "dtype": self.dtype, "output_loading_info": True}
+        with _quiet():
+            try:
+                model, report = model_class.from_pretrained(
+                    None, quantization_config=quantization, **options, **_generation(self.checkpoint.metadata)
+                )
+            except RuntimeError as error:  # shapes that differ, which transformers reports in many lines
+                raise CheckpointError(f"{self.checkpoint.path} does not fit its config: {_one_line(error)}") from error
+        _check(report, self.checkpoint.path)
+        return model
+
+    def open_slots(self, model: Any) -> None:
+        """Replace linears by slots, and say which tensors transformers shall load."""
+        self.slots = make_slots(model, self.checkpoint.entries, PackedSlot)
+        for name in self.checkpoint.entries:
+            if name not in self.slots.linears:
+                self.tensors[name] = lazy_tensor(self.checkpoint, name, self.registry, self.dtype)
+
+    def fill(self, model: nn.Module, device: torch.device, keep_packed: bool, cache_dequantized: bool) -> None:
+        """Read the packed weights, in the order of the file, and put a layer in each slot."""
+        assert self.slots is not None
+        options = {"dtype": self.dtype, "registry": self.registry, "cache_dequantized": cache_dequantized}
+        for name, path in self.slots.linears.items():
+            value = self.checkpoint.read(name)
+            assert isinstance(value, PackedTensor)
+            buffers = {buffer: tensor.to(device) for buffer, tensor in value.buffers.items()}
+            del value
+            slot = model.get_submodule(path)
+            assert isinstance(slot, PackedSlot)
+            layer = QuantLinear.from_packed(PackedTensor(slot.spec, buffers), slot.bias, **options)
+            if not keep_packed:
+                layer.release()
+            replace_module(model, path, layer.eval())
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise OptionError(f"no device is named {device!r}; use cpu, cuda or cuda:N") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"this machine, or this torch ({torch.__version__}), has no CUDA device; use device='cpu'")
+    return place
+
+
+def _check_kernel(name: str, spec: PackedSpec, dtype: torch.dtype, device: torch.device, registry: Registry) -> None:
+    choose(problem_for(spec, dtype, device), registry)
+    if spec.layout not in registry.packers:
+        raise CheckpointError(f"{name} has layout {spec.layout!r}, and no installed plugin unpacks it")
+
+
+def _config(metadata: Metadata, path: str) -> Any:
+    """Build transformers' config object from the checkpoint's."""
+    from transformers import AutoConfig, __version__
+
+    said = {key: value for key, value in metadata.config.items() if key != "quantization_config"}
+    if "model_type" not in said:
+        raise CheckpointError(f"{path} has no config that names a model_type, so there is no model class to build")
+    try:
+        return AutoConfig.for_model(**said)
+    except ValueError as error:
+        raise CheckpointError(
+            f"transformers {__version__} has no model of type {said['model_type']!r} ({path}); a newer one may"
+        ) from error
+
+
+def _model_class(config: Any) -> Any:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    for name in config.architectures or ():
+        if isinstance(found := getattr(transformers, name, None), type):
+            return found
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    raise CheckpointError(f"transformers {transformers.__version__} has no language model for {config.model_type!r}")
+
+
+def _dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """Return the dtype to run in; an importer says float32 of what has no dtype, such as a GGUF file, so it is no wish."""
+    said = getattr(config, "dtype", None)
+    packed = any(isinstance(entry, PackedSpec) for entry in checkpoint.entries.values())
+    if isinstance(said, torch.dtype) and not (packed and said == torch.float32):
+        return said
+    return torch.bfloat16 if packed else torch.float32
+
+
+def _generation(metadata: Metadata) -> Mapping[str, Any]:
+    """Return the generation config of the side files as an argument, if there is one."""
+    from transformers import GenerationConfig
+
+    file = metadata.side_file("generation_config.json")
+    return {"generation_config": GenerationConfig.from_dict(json.loads(file.read()))} if file else {}
+
+
+def _check(report: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError, naming tensors, unless the checkpoint has exactly those of the model."""
+    for key, what in (("missing_keys", "lacks"), ("unexpected_keys", "has, and the model does not,")):
+        if names := sorted(report[key]):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise CheckpointError(f"{path} {what} {', '.join(names[:3])}{more}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bar and load report off the terminal; what they say becomes an error."""
+    from transformers import utils
+
+    logging: Any = utils.logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,135 @@
+"""Where in a transformers model the weights of a checkpoint belong, and putting packed layers there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import CheckpointError
+from lowbit.interfaces import Entry
+from lowbit.runtime.experts import EXPERT, PackedExperts
+from lowbit.tensors import PackedSpec
+
+
+class PackedSlot(nn.Module):
+    """Keeps the place of a packed linear, and its bias, while the other tensors of a model are loaded.
+
+    Args:
+        spec: What will come.
+        bias: The bias of the linear that was here, if it had one.
+        dtype: Dtype of the activations.
+    """
+
+    def __init__(self, spec: PackedSpec, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.spec, self.dtype = spec, dtype
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fail: nothing was loaded yet."""
+        raise AssertionError("a packed layer was run before its weight was loaded")
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Of the packed entries of a checkpoint: the module of each linear, and the names of all others."""
+
+    linears: Mapping[str, str]
+    others: tuple[str, ...]
+
+
+def make_slots(
+    model: Any, entries: Mapping[str, Entry], make: Callable[[PackedSpec, nn.Parameter | None, torch.dtype], nn.Module]
+) -> Slots:
+    """Replace every linear of ``model`` (on meta) whose weight is packed by what ``make`` returns; raise when shapes differ.
+
+    Fused experts of transformers 5 become containers of linears for each expert where the checkpoint names experts one by
+    one. Packed weights of other modules (embeddings) stay as they are, to be dequantized.
+    """
+    packed = {name: entry for name, entry in entries.items() if isinstance(entry, PackedSpec)}
+    rename = _renamer(model)
+    paths = {name: rename(name).removesuffix(".weight") for name in packed}
+    dtype = _dtype(model)
+    _open_experts(model, paths.values())
+    linears = {}
+    for name, path in paths.items():
+        module = _module(model, path)
+        if not isinstance(module, nn.Linear):
+            continue
+        spec = packed[name]
+        if (module.out_features, module.in_features) != spec.shape:
+            wanted = f"{module.out_features}x{module.in_features}"
+            raise CheckpointError(
+                f"{name} is {spec.shape[0]}x{spec.shape[1]}, but the model of this config needs {wanted}"
+            )
+        replace_module(model, path, make(spec, module.bias, dtype))
+        _untie(model, f"{path}.weight")
+        linears[name] = path
+    return Slots(linears, tuple(name for name in packed if name not in linears))
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the submodule at ``path``."""
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+def _renamer(model: Any) -> Callable[[str], str]:
+    """Return the function from a checkpoint's name to the model's: transformers' own renamings, and its base prefix."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    prefix = f"{model.base_model_prefix}."
+
+    def rename(name: str) -> str:
+        renamed = name
+        for entry in renamings:
+            renamed = entry.rename_source_key(renamed)[0]
+        candidates = [name, renamed, prefix + renamed, renamed.removeprefix(prefix)]
+        owners = (candidate.removesuffix(".weight") for candidate in candidates)
+        return next((owner for owner in owners if _exists(model, owner)), name)
+
+    return rename
+
+
+def _exists(model: nn.Module, path: str) -> bool:
+    """Whether the model has this module, or fused experts that stand for it."""
+    experts = EXPERT.fullmatch(path)
+    return _module(model, path) is not None or bool(experts and _module(model, experts["experts"]) is not None)
+
+
+def _open_experts(model: nn.Module, paths: Iterable[str]) -> None:
+    """Replace fused experts by containers where ``paths`` name single experts."""
+    matches = [match for path in paths if (match := EXPERT.fullmatch(path))]
+    for owner in dict.fromkeys(match["experts"] for match in matches):
+        fused = _module(model, owner)
+        if fused is None or isinstance(fused, nn.ModuleList):
+            continue
+        names = {match["linear"] for match in matches if match["experts"] == owner}
+        replace_module(model, owner, PackedExperts(fused, names, owner))
+
+
+def _untie(model: Any, name: str) -> None:
+    """Forget that ``name`` is another weight, such as the embedding: the checkpoint has one of its own."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    if name in tied:
+        tied.pop(name)
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False

@@ -1,0 +1,31 @@
+"""GPU architectures: which ones kernels are compiled for, and what a device is."""
+
+from __future__ import annotations
+
+from lowbit_cuda.errors import CudaUnavailableError
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
+"""Every kernel is compiled for these in CI, on a machine without a GPU."""
+
+_FEATURE_SETS = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a"}
+"""Devices whose architecture-specific instructions we may use; others compile for their plain name."""
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """Return the name to compile for on a device of this compute capability, such as ``sm_90a``."""
+    return _FEATURE_SETS.get(capability, f"sm_{capability[0]}{capability[1]}")
+
+
+def capability_of(arch: str) -> tuple[int, int]:
+    """Return the compute capability of an architecture name."""
+    digits = arch.removeprefix("sm_").rstrip("af")
+    return int(digits[:-1]), int(digits[-1])
+
+
+def device_capability(index: int) -> tuple[int, int]:
+    """Return the compute capability of CUDA device ``index``; raise CudaUnavailableError without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise CudaUnavailableError("no CUDA device is available to torch; the reference kernels run on the CPU")
+    return torch.cuda.get_device_capability(index)

@@ -1,0 +1,76 @@
+"""Units on the CPU: a slow reader, written from the comments in affine.cuh and gemv.cuh, finds every code and scale."""
+
+import pytest
+import torch
+
+from lowbit_cuda.units import BITS, pack_units, unit_bytes
+
+
+def fields(bits, words):
+    """Registers a[m][r] of one lane's chunk as the device decoders compute them, as (code of the low half, high half)."""
+    a = [[0] * 4 for _ in range(4)]
+    if bits == 4:
+        for m in range(4):
+            low, high = words[m], words[m] >> 8
+            a[m] = [low & 0x000F000F, high & 0x000F000F, (low & 0x00F000F0) >> 4, (high & 0x00F000F0) >> 4]
+    elif bits == 3:
+        w0, w1, w2 = words
+        s0, s1, s2, s3 = w0 >> 9, w1 >> 8, w2 >> 8, w2 >> 7
+        a[0] = [w & 0x00070007 for w in (w0, w1, w2, s0)]
+        a[1] = [(w & 0x00380038) >> 3 for w in (w0, w1, w2, s0)]
+        joint = (s3 & 0x01000100) | (s1 & 0x00800080) | (s0 & 0x00400040)
+        a[2] = [(w & 0x01C001C0) >> 6 for w in (w0, w1, w2, joint)]
+        a[3] = [(s1 & 0x000E000E) >> 1, (s2 & 0x000E000E) >> 1, (s1 & 0x00700070) >> 4, (s2 & 0x00700070) >> 4]
+    elif bits == 8:
+        for m in range(4):
+            for half in range(2):
+                word = words[2 * m + half]
+                a[m][2 * half], a[m][2 * half + 1] = word & 0x00FF00FF, (word >> 8) & 0x00FF00FF
+    else:
+        mask, steps = (0x00030003, 4) if bits == 2 else (0x00010001, 8)
+        for i in range(bits):
+            for p in range(steps):
+                m, r = (2 * i + p // 2, 2 * (p % 2)) if bits == 2 else (p // 2, 2 * (p % 2))
+                a[m][r] = words[i] >> bits * p & mask
+                a[m][r + 1] = words[i] >> 8 >> bits * p & mask
+    return [[(value & 0xFFFF, value >> 16 & 0xFFFF) for value in row] for row in a]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_every_code_is_where_the_decoder_looks(bits):
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(2**bits, (16, 256), dtype=torch.uint8, generator=generator)
+    scales = torch.randn(16, 2, generator=generator).half()
+    unit = pack_units(codes, scales, None, bits, 128)[0, 0]
+    assert len(unit) == unit_bytes(bits, 128, False)
+    slabs = unit[: 512 * bits].view(torch.int32).view(bits, 32, 4)
+    found = torch.full((16, 256), 255, dtype=torch.uint8)
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        words = [int(word) & 0xFFFFFFFF for word in slabs[:, lane].flatten()]
+        for chunk in range(4):
+            for m, registers in enumerate(fields(bits, words[chunk * bits : (chunk + 1) * bits])):
+                for r, pair in enumerate(registers):
+                    column = 64 * chunk + 32 * (m // 2) + 8 * t + 4 * (m % 2) + 2 * (r // 2)
+                    found[g + 8 * (r % 2), column] = pair[0]
+                    found[g + 8 * (r % 2), column + 1] = pair[1]
+    assert torch.equal(found, codes)
+    stored = unit[512 * bits :].view(torch.float16).view(8, 2, 2)  # (g, group, row half)
+    assert torch.equal(stored[:, :, 0], scales[:8])
+    assert torch.equal(stored[:, :, 1], scales[8:])
+
+
+def test_ragged_shapes_are_padded_with_zeros_and_zeros_follow_the_scales():
+    codes, scales = torch.full((18, 300), 3, dtype=torch.uint8), torch.ones(18, 10).half()
+    units = pack_units(codes, scales, scales * 2, 4, 32)
+    assert units.shape == (2, 2, unit_bytes(4, 32, True))
+    tail = units[1, 1, 2048:].view(torch.float16).view(2, 8, 8, 2)  # (scales or zeros, g, group, row half)
+    assert torch.equal(tail[0, :2, :2, 0], torch.ones(2, 2).half())
+    assert torch.equal(tail[1, :2, :2, 0], torch.full((2, 2), 2.0).half())
+    assert int((tail != 0).sum()) == 8
+
+
+@pytest.mark.parametrize(("bits", "group"), [(5, 128), (4, 48)])
+def test_what_no_kernel_has_is_refused(bits, group):
+    with pytest.raises(ValueError, match="bits must be one of"):
+        pack_units(torch.zeros(16, 256, dtype=torch.uint8), torch.zeros(16, 2).half(), None, bits, group)
