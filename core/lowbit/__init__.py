@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from lowbit.parts import TensorSpec
     from lowbit.plugins import installed
     from lowbit.registry import Registry
+    from lowbit.runtime.explain import explain
+    from lowbit.runtime.linear import QuantLinear
+    from lowbit.runtime.load import load
+    from lowbit.runtime.parameter import PackedParameter
+    from lowbit.runtime.quantize import quantize_model
+    from lowbit.runtime.save import save
+    from lowbit.runtime.tokenizer import load_tokenizer
     from lowbit.scheme import (
         Across,
         Binary,
@@ -63,6 +70,13 @@ _HOMES = {
     "TensorSpec": "parts",
     "installed": "plugins",
     "Registry": "registry",
+    "explain": "runtime.explain",
+    "QuantLinear": "runtime.linear",
+    "load": "runtime.load",
+    "PackedParameter": "runtime.parameter",
+    "quantize_model": "runtime.quantize",
+    "save": "runtime.save",
+    "load_tokenizer": "runtime.tokenizer",
     "Across": "scheme",
     "Binary": "scheme",
     "BinaryForm": "scheme",
@@ -93,9 +107,11 @@ __all__ = [
     "MatmulProblem",
     "Metadata",
     "Outliers",
+    "PackedParameter",
     "PackedSpec",
     "PackedTensor",
     "Packer",
+    "QuantLinear",
     "QuantizedTensor",
     "Quantizer",
     "ReferenceKernel",
@@ -110,8 +126,13 @@ __all__ = [
     "Zero",
     "__version__",
     "dequantize",
+    "explain",
     "hookimpl",
     "installed",
+    "load",
+    "load_tokenizer",
+    "quantize_model",
+    "save",
 ]
 
 

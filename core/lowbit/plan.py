@@ -115,12 +115,12 @@ class Target:
         if self.variant is None:
             return {}
         variants, entries = exporter.variants(), checkpoint.entries
+        if self.variant in exporter.mixes():  # before a scheme of the same name: a mix says more of the same
+            return dict(exporter.mix(self.variant, entries, checkpoint.metadata))
         if self.variant in variants:
             names = (name for name, entry in entries.items() if is_matrix(entry) and is_linear_name(name))
             return dict.fromkeys(names, variants[self.variant])
-        if self.variant in exporter.mixes():
-            return dict(exporter.mix(self.variant, entries, checkpoint.metadata))
-        known = ", ".join((*variants, *exporter.mixes())) or "none"
+        known = ", ".join(dict.fromkeys((*variants, *exporter.mixes()))) or "none"
         raise OptionError(f"format {self.format!r} has no variant {self.variant!r}; it has {known}")
 
 

@@ -10,7 +10,7 @@ from lowbit.runtime.extras import need_transformers
 
 need_transformers("lowbit.transformers")
 
-from lowbit.runtime.hf import LowbitConfig, LowbitQuantizer, register  # noqa: E402
+from lowbit.runtime.hf import LowbitConfig, LowbitQuantizer, register
 
 __all__ = ["LowbitConfig", "LowbitQuantizer", "register"]
 

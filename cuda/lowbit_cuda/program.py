@@ -108,9 +108,9 @@ def _headers_digest(folders: tuple[Path, ...]) -> bytes:
 @cache
 def _toolkit_headers() -> tuple[Path, ...]:
     """Return the folders of cuda_fp16.h and the standard headers, from the nvidia wheels or a toolkit."""
-    from cuda import pathfinder
+    import cuda.pathfinder
 
-    found = [pathfinder.find_nvidia_header_directory(name) for name in ("cudart", "cccl")]
+    found = [cuda.pathfinder.find_nvidia_header_directory(name) for name in ("cudart", "cccl")]
     if found[0] is None:
         raise CudaUnavailableError('the CUDA runtime headers are missing; pip install "lowbit[gpu]"')
     return tuple(Path(folder) for folder in found if folder)

@@ -112,8 +112,9 @@ def why_not(config: Mapping[str, Any]) -> str | None:
     for name in (*_SHAPE, "vocab_size", "num_key_value_heads", "head_dim"):
         value = config.get(name)
         optional = name in ("num_key_value_heads", "head_dim") and value is None
-        if not optional and not (isinstance(value, int) and 0 < value < 2**31):
-            return f"a model whose {name} is {value!r}; it must be a positive number"
+        limit = 100_000 if name == "num_hidden_layers" else 2**31
+        if not optional and not (isinstance(value, int) and 0 < value < limit):
+            return f"a model whose {name} is {value!r}; it must be a whole number from 1 to {limit - 1}"
     if not rope.is_number(config.get("rms_norm_eps")):
         return f"a model whose rms_norm_eps is {config.get('rms_norm_eps')!r}; it must be a number"
     activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"

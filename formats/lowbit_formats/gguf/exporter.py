@@ -19,6 +19,7 @@ from lowbit.parts import TensorSpec
 from lowbit.scheme import Scheme
 from lowbit.staging import staged
 from lowbit.tensors import PackedSpec, PackedTensor
+from lowbit_formats import gguf_mixes
 from lowbit_formats.gguf import config, rope, tokenizer_json, vocabulary
 from lowbit_formats.gguf.architectures import (
     BY_MODEL_TYPE,
@@ -82,6 +83,14 @@ class GgufExporter(Exporter):
         """Return the schemes of ``gguf:q8_0``, ``gguf:q4_0`` and so on: of every type with blocks."""
         return {name.lower(): BY_TYPE[name].scheme for name in _PREFERRED if name != "TQ1_0"}
 
+    def mixes(self) -> Sequence[str]:
+        """Return the file types of llama.cpp: ``gguf:q4_k_m`` gives each tensor the type that llama-quantize would."""
+        return gguf_mixes.NAMES
+
+    def mix(self, name: str, entries: Mapping[str, Entry], metadata: Metadata) -> Mapping[str, Scheme]:
+        """Return the scheme of every tensor that the file type quantizes."""
+        return gguf_mixes.mix(name, entries, metadata)
+
     def loaders(self) -> Sequence[LoaderRule]:
         """Return what llama.cpp and others load."""
         return loader_rules(self.format)
@@ -133,12 +142,17 @@ def _plan(entries: Mapping[str, Entry], metadata: Metadata) -> _Plan:
     extra = rope.to_tensors(rope.parameters_of(model), config.head_dim_in(model))
     slots = [_slot(names[name], name, entry) for name, entry in entries.items()]
     slots += [Slot(name, TYPES["F32"], tuple(values.shape)) for name, values in extra.items()]
-    keys = _keys(architecture, slots, metadata)
-    sizes = {name: 4 * prod(entry.shape) for name, entry in entries.items() if architecture.offset_of(name)}
-    norms = dict(zip(reversed(sizes), accumulate(reversed(sizes.values())), strict=True))
+    keys = _keys(architecture, slots, metadata, gguf_mixes.file_type(entries, metadata))
+    norms = _norm_places(architecture, entries)
     if norms:
-        keys.append(Key(EXACT_NORMS, "f32[]", [0.0] * (sum(sizes.values()) // 4)))
+        keys.append(Key(EXACT_NORMS, "f32[]", [0.0] * (max(norms.values()) // 4)))
     return _Plan(architecture, names, heads, tuple(slots), extra, tuple(keys), norms)
+
+
+def _norm_places(architecture: Architecture, entries: Mapping[str, Entry]) -> dict[str, int]:
+    """Return where the float32 values of each norm start in the key EXACT_NORMS: bytes from its end."""
+    sizes = {name: 4 * prod(entry.shape) for name, entry in entries.items() if architecture.offset_of(name)}
+    return dict(zip(reversed(sizes), accumulate(reversed(sizes.values())), strict=True))
 
 
 def _names(architecture: Architecture, blocks: int, entries: Mapping[str, Entry]) -> dict[str, str]:
@@ -177,10 +191,16 @@ def _slot(ggml_name: str, name: str, entry: Entry) -> Slot:
             f"{name} is {entry.dtype} of shape {entry.shape}; GGUF export writes float32, float16 and bfloat16 matrices and "
             f"vectors"
         )
+    if len(entry.shape) == 1 and entry.dtype != torch.float32:
+        raise CheckpointError(
+            f"{name} is a vector of {entry.dtype}; GGUF keeps vectors as float32, so convert it first"
+        )
     return Slot(ggml_name, FLOAT_TYPES[entry.dtype], entry.shape)
 
 
-def _keys(architecture: Architecture, slots: Iterable[Slot], metadata: Metadata) -> list[Key]:
+def _keys(
+    architecture: Architecture, slots: Iterable[Slot], metadata: Metadata, file_type: int | None
+) -> list[Key]:
     weights: Counter[str] = Counter()
     for slot in slots:
         if len(slot.shape) == 2:
@@ -192,7 +212,8 @@ def _keys(architecture: Architecture, slots: Iterable[Slot], metadata: Metadata)
         if full not in own:
             keys.append(text(full, value))
     keys += config.to_keys(metadata.config)
-    keys.append(u32("general.file_type", FILE_TYPES[weights.most_common(1)[0][0]]))
+    mostly = FILE_TYPES[weights.most_common(1)[0][0]]
+    keys.append(u32("general.file_type", mostly if file_type is None else file_type))
     if any(name not in FLOATS for name in weights):
         keys.append(u32("general.quantization_version", _QUANTIZATION_VERSION))
     keys += vocabulary.to_keys(tokenizer_json.read(metadata))

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
-from lowbit.interfaces import Checkpoint, Entry, Importer, Metadata, SideFile, Value
+from lowbit.interfaces import Calibration, Checkpoint, Entry, Importer, Metadata, SideFile, Value
 from lowbit.parts import TensorSpec
 from lowbit.tensors import PackedSpec, PackedTensor, bit_equal
+from lowbit_formats import imatrix
 from lowbit_formats.gguf import config, rope, tokenizer_files, vocabulary
 from lowbit_formats.gguf.architectures import EXACT_NORMS, Architecture, check_heads, deinterleave, stored_norm
 from lowbit_formats.gguf.block_types import DEQUANTIZED, FLOATS, BlockType
@@ -38,13 +39,20 @@ class GgufImporter(Importer):
         """Refuse what does not start with the four bytes ``GGUF``."""
         if not path.is_file():
             return f"{path.name} is no file"
-        with path.open("rb") as file:
-            start = file.read(4)
+        try:
+            with path.open("rb") as file:
+                start = file.read(4)
+        except OSError as error:
+            return f"{path.name} cannot be read: {error.strerror or error}"
         return None if start == MAGIC else f"{path.name} starts with {start!r}, not with {MAGIC!r}"
 
     def open(self, path: Path) -> Checkpoint:
         """Read the header of every part, rename and check all of it; raises CheckpointError."""
         return GgufCheckpoint(path, read_parts(path))
+
+    def calibration(self, path: Path, checkpoint: Checkpoint) -> Mapping[str, Calibration] | None:
+        """Read an importance matrix of llama.cpp."""
+        return imatrix.calibration(path, checkpoint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +101,7 @@ class GgufCheckpoint(Checkpoint):
 
     def read(self, name: str) -> Value:
         """Read one tensor: blocks stay packed, floats keep their dtype, all else becomes float32."""
+        assert self._descriptors, "the checkpoint is closed"
         source, entry = self._by_name[name], self.entries[name]
         if isinstance(entry, PackedSpec):
             rows, width = entry.buffers["blocks"].shape

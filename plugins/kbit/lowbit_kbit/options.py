@@ -38,7 +38,7 @@ class KbitOptions:
     )
     scale_dtype: ScaleDtype = field(default="float16", metadata={"help": "how scales are stored"})
     candidates: int = field(
-        default=13, metadata={"help": "scales that search tries for each group and sign, 2 to 256, before it refines"}
+        default=17, metadata={"help": "scales that search tries for each group and sign, 2 to 256, before it refines"}
     )
     seed: int = field(default=0, metadata={"help": "chooses the groups that a learned codebook is fitted to"})
 
