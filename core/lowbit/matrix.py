@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from lowbit.exact import exact_scheme
 from lowbit.registry import Registry, Route
 from lowbit.scheme import Binary, Grid, Outliers, Rotation, ScaleFormat, Scheme, Trellis, Zero
 
@@ -25,6 +26,7 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
         "affine 4-bit g128": Scheme(Grid.AFFINE, 4, 128),
         "affine 4-bit g128 asym": Scheme(Grid.AFFINE, 4, 128, Zero.INTEGER),
         "affine 3-bit g128": Scheme(Grid.AFFINE, 3, 128),
+        "affine 4-bit g256 asym": Scheme(Grid.AFFINE, 4, 256, Zero.INTEGER),
         "affine 2-bit g64": Scheme(Grid.AFFINE, 2, 64),
         "affine 4-bit g128 +outliers": Scheme(Grid.AFFINE, 4, 128, outliers=Outliers(0.01)),
         "affine 4-bit g128 +permutation": Scheme(Grid.AFFINE, 4, 128, permutation=True),
@@ -40,13 +42,19 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What one format says to one scheme: the layout it would use (None: dequantized), or the reason of the refusal."""
+    """What one format says to one scheme: the layout it would use (None: dequantized), or the reason of the refusal.
+
+    ``exact`` is the other scheme, when codes that exist already reach the layout by an exact re-expression only.
+    """
 
     layout: str | None = None
     reason: str | None = None
+    exact: Scheme | None = None
 
     def text(self) -> str:
-        """Return the layout, ``dequantized``, or ``-``."""
+        """Return the layout (with ``=`` before it when codes are re-expressed exactly), ``dequantized``, or ``-``."""
+        if self.exact:
+            return f"= {self.layout}"
         return "-" if self.reason else self.layout or "dequantized"
 
 
@@ -71,4 +79,11 @@ def _cell(registry: Registry, scheme: Scheme, format: str) -> Cell:
     answer = registry.ask(scheme, SHAPE, format)
     if isinstance(answer, Route):
         return Cell(layout=answer.packer.layout if answer.packer else None)
-    return Cell(reason=min(answer.values(), key=len))
+    reason = min(answer.values(), key=len)
+    other = exact_scheme(registry, scheme, SHAPE, format)
+    if other is None:
+        return Cell(reason=reason)
+    route = registry.ask(other, SHAPE, format)
+    assert isinstance(route, Route)
+    assert route.packer is not None
+    return Cell(route.packer.layout, reason, other)

@@ -12,10 +12,11 @@ import torch
 
 from lowbit import lift
 from lowbit.errors import NoRouteError, OptionError
+from lowbit.exact import exact_scheme
 from lowbit.interfaces import Calibration, Checkpoint, Entry, Exporter, MatmulProblem, Metadata, Packer
 from lowbit.parts import TensorSpec, part_specs
 from lowbit.recipe import Choice, Recipe, is_linear_name, is_matrix
-from lowbit.registry import Registry, Route
+from lowbit.registry import Registry
 from lowbit.scheme import Scheme
 from lowbit.tensors import PackedSpec
 
@@ -210,20 +211,8 @@ class _Planner:
             return wanted
         key = (entry.scheme, entry.shape)
         if key not in self.lifted:
-            self.lifted[key] = self._smallest_exact(*key)
+            self.lifted[key] = exact_scheme(self.registry, *key, self.target.format) or entry.scheme
         return self.lifted[key]
-
-    def _smallest_exact(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
-        if isinstance(self.registry.ask(scheme, shape, self.target.format), Route):
-            return scheme
-        sizes = {}
-        variants = self.registry.exporters[self.target.format].variants().values()
-        for other in (*variants, *lift.candidates(scheme, shape)):
-            if lift.why_not(scheme, other, shape) is None:
-                route = self.registry.ask(other, shape, self.target.format)
-                if isinstance(route, Route) and route.packer is not None:
-                    sizes[other] = route.packer.spec(other, shape).nbytes
-        return min(sizes, key=lambda other: sizes[other]) if sizes else scheme
 
     def _require_readable(self, entry: PackedSpec) -> None:
         """Refuse now, not in the middle of the work, when no plugin can unpack the layout."""

@@ -79,7 +79,10 @@ def _matrix(registry: Registry, reasons: bool, as_json: bool) -> None:
     if as_json:
         print_json(
             {
-                name: {format: {"layout": cell.layout, "reason": cell.reason} for format, cell in row.items()}
+                name: {
+                    format: {"layout": cell.layout, "reason": cell.reason, "re_expressed": cell.exact is not None}
+                    for format, cell in row.items()
+                }
                 for name, row in cells.items()
             }
         )
@@ -88,8 +91,9 @@ def _matrix(registry: Registry, reasons: bool, as_json: bool) -> None:
     print_table(
         "", ("scheme", *formats), [(name, *(row[format].text() for format in formats)) for name, row in cells.items()]
     )
+    click.echo('"= layout": codes that exist already are re-expressed there exactly; "-": refused (--reasons says why)')
     if reasons:
         for name, row in cells.items():
             for format, cell in row.items():
-                if cell.reason:
+                if cell.reason and not cell.exact:
                     click.echo(f"{format} refuses {name}: {cell.reason}")
