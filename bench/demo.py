@@ -31,8 +31,8 @@ CASES = (
     ("native, as it is", "native", None),
     ("native, kbit 4-bit g64", "native", Rule("*", "kbit", {"bits": "4", "group_size": "64"})),
     ("native, kbit 3-bit g64", "native", Rule("*", "kbit", {"bits": "3", "group_size": "64"})),
-    ("gguf Q8_0", "gguf:q8_0", Rule("*", "autoround", {})),
-    ("gguf Q4_0", "gguf:q4_0", Rule("*", "autoround", {})),
+    ("gguf Q8_0", "gguf", Rule("*", "autoround", {"bits": "8", "group_size": "32"})),
+    ("gguf Q4_0", "gguf", Rule("*", "autoround", {"bits": "4", "group_size": "32"})),
 )
 
 

@@ -39,7 +39,7 @@ class Outcomes:
 @pytest.fixture(scope="module")
 def outcomes():
     found, steady = Outcomes(), packer.STEADY
-    arguments = [*map(str, FILES), "-q", "--tb=short", "-p", "no:cacheprovider", "-o", "python_classes=Broken* Correct*"]
+    arguments = [*map(str, FILES), "-q", "--tb=no", "-p", "no:cacheprovider", "-o", "python_classes=Broken* Correct*"]
     with pytest.MonkeyPatch.context() as patch:
         # Shrinking the failures that are wanted here would take most of the time.
         patch.setattr(packer, "STEADY", settings(steady, phases=(Phase.generate,)))

@@ -215,7 +215,8 @@ class _Work:
             result = dequantize(quantized).to(step.target.dtype)
             return result, compare(weight, result)
         assert step.packer is not None
-        return step.packer.pack(quantized), measure(weight, quantized)
+        stored = lift(quantized, step.target.scheme)  # another scheme only where the format lacks the quantizer's own
+        return step.packer.pack(stored), measure(weight, stored)
 
     def _transcode(self, step: Step, value: PackedTensor) -> tuple[Value, ErrorSum]:
         assert step.packer is not None

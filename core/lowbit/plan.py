@@ -175,6 +175,7 @@ class _Planner:
             )
         if isinstance(entry, PackedSpec):
             self._require_readable(entry)
+        scheme = self._storable(scheme, shape)
         packer = self._route(name, scheme, shape)
         if packer is None:
             dtype = self.target.dtype or (torch.float32 if isinstance(entry, PackedSpec) else entry.dtype)
@@ -209,9 +210,13 @@ class _Planner:
                 hint = "give --quantizer to choose new codes, or leave the variant out"
                 raise NoRouteError(question, {variant: reason}, hint)
             return wanted
-        key = (entry.scheme, entry.shape)
+        return self._storable(entry.scheme, entry.shape)
+
+    def _storable(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+        """Return the scheme itself, or the one that the format stores and that holds exactly the same numbers."""
+        key = (scheme, shape)
         if key not in self.lifted:
-            self.lifted[key] = exact_scheme(self.registry, *key, self.target.format) or entry.scheme
+            self.lifted[key] = exact_scheme(self.registry, scheme, shape, self.target.format) or scheme
         return self.lifted[key]
 
     def _require_readable(self, entry: PackedSpec) -> None:

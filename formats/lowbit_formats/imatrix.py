@@ -64,7 +64,7 @@ def is_imatrix(path: Path) -> bool:
     if len(start) < 16:
         return False
     entries, name_bytes, *_ = struct.unpack("<iiii", start)
-    return 0 < entries < 1 << 20 and 0 < name_bytes <= _MOST_NAME_BYTES and path.stat().st_size > 8 + name_bytes + 8
+    return bool(0 < entries < 1 << 20 and 0 < name_bytes <= _MOST_NAME_BYTES) and path.stat().st_size > name_bytes + 16
 
 
 def read_imatrix(path: Path) -> Imatrix:

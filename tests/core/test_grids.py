@@ -24,13 +24,17 @@ FILLS = (
 )  # products of the largest floats overflow, and then order matters
 
 
+def in_numpy(part):
+    """Return a part as numpy has it: floats, which numpy lacks some of, as float32."""
+    return part.float().numpy() if part.is_floating_point() else part.numpy()
+
+
 class Slow:
-    """Decodes one weight at a time; ``rounded`` is False where only tolerances can be compared."""
+    """Decodes one weight at a time."""
 
     def __init__(self, quantized):
         self.q, self.scheme, self.shape = quantized, quantized.scheme, quantized.shape
-        self.parts = {name: part.float().numpy() if part.is_floating_point() else part.numpy() for name, part in
-                      quantized.parts.items()}  # fmt: skip
+        self.parts = {name: in_numpy(part) for name, part in quantized.parts.items()}
 
     def weight(self):
         weight = {

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowbit import Trellis
+from lowbit import Grid, Scheme, Trellis
 from lowbit.testing import samples, strategies
 from lowbit.testing.weights import generator
 from lowbit.trellis import decode_states, decode_tiles, unpack_states, weight_order
@@ -52,8 +52,6 @@ def slow_value(state, code):
 
 
 def words_of(trellis, tiles, seed):
-    from lowbit import Grid, Scheme
-
     shape = (tiles[0] * trellis.tile[0], tiles[1] * trellis.tile[1])
     return samples.quantized(Scheme(Grid.TRELLIS, 0, trellis=trellis), shape, seed).parts["codes"]
 

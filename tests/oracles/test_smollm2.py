@@ -75,8 +75,8 @@ def test_chat_template_survives(ours):
     ("format", "rule", "bits", "error"),
     [
         ("native", Rule("*", "kbit", {"bits": "3", "group_size": "64"}), (3.2, 3.6), (0.1, 0.25)),
-        ("gguf:q8_0", Rule("*", "autoround"), (8.5, 8.5), (0.0, 0.01)),
-        ("gguf:q4_0", Rule("*", "autoround"), (4.5, 4.5), (0.03, 0.15)),
+        ("gguf", Rule("*", "autoround", {"bits": "8", "group_size": "32"}), (8.5, 8.5), (0.0, 0.01)),
+        ("gguf", Rule("*", "autoround", {"bits": "4", "group_size": "32"}), (4.5, 4.5), (0.03, 0.15)),
     ],
     ids=["kbit-3bit", "gguf-q8_0", "gguf-q4_0"],
 )

@@ -74,6 +74,17 @@ def test_a_variant_never_answers_a_different_question(registry, packed_source, t
     assert not (tmp_path / "out").exists()
 
 
+def test_a_quantizers_scheme_is_re_expressed_where_the_format_lacks_it(registry, source, tmp_path, monkeypatch):
+    refuse = lambda scheme, shape: None if scheme.bits == 4 else "4 bits only"
+    for packer in registry.packers.values():
+        monkeypatch.setattr(packer, "why_not", refuse)
+    recipe = Recipe(Rule("*", "round", {"bits": "3"}))
+    report = convert(source, tmp_path / "out", Target("any"), registry, recipe)
+    assert report.plan.entries[UP].scheme.bits == 4
+    assert {value.layout for value in report.plan.entries.values() if isinstance(value, PackedSpec)} == {"narrow"}
+    assert 0.1 < report.error.relative < 0.3
+
+
 def test_nan_names_the_tensor_and_leaves_nothing(registry, source, tmp_path):
     with registry.open(source) as checkpoint:
         checkpoint.read(DOWN)[3, 4] = float("nan")

@@ -31,7 +31,7 @@ def choose(problem: MatmulProblem, registry: Registry) -> Choice:
     kernel = registry.kernel_for(problem)
     refusals = {}
     for other in registry.kernels.by_priority():
-        if other.name == kernel.name:
+        if other.priority <= kernel.priority:
             break
         refusals[other.name] = other.why_not(problem) or ""
     return Choice(kernel, refusals)

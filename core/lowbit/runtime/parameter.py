@@ -14,7 +14,7 @@ from lowbit.runtime import ops
 from lowbit.tensors import PackedTensor
 
 
-class PackedParameterError(LowbitError, TypeError):
+class PackedParameterError(LowbitError):
     """Something would have read or changed a packed weight number by number."""
 
 

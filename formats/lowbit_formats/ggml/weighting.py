@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEAST_IMPORTANCE = 1e-6
-"""Of the mean: an input that calibration never saw may still occur, and its weights should decide ties at least."""
+LEAST_IMPORTANCE = 1e-4
+"""Of the mean: an input that calibration never saw may still occur."""
 
 
 def relative_importance(importance: Tensor) -> Tensor:

@@ -198,9 +198,7 @@ def _slot(ggml_name: str, name: str, entry: Entry) -> Slot:
     return Slot(ggml_name, FLOAT_TYPES[entry.dtype], entry.shape)
 
 
-def _keys(
-    architecture: Architecture, slots: Iterable[Slot], metadata: Metadata, file_type: int | None
-) -> list[Key]:
+def _keys(architecture: Architecture, slots: Iterable[Slot], metadata: Metadata, file_type: int | None) -> list[Key]:
     weights: Counter[str] = Counter()
     for slot in slots:
         if len(slot.shape) == 2:

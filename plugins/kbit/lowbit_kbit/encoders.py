@@ -1,7 +1,7 @@
 """Nearest entries: from normalized weights to codes, exactly ``number of midpoints strictly below x``, without a branch.
 
-Measured on one core of an AMD EPYC (2026-11-21, torch 2.13, pieces of 2**18): see the README's table. ``torch.bucketize`` alone
-makes 44 million codes a second at 4 bits; the slot table below about six times as many, at any number of bits.
+On one core of an AMD EPYC (2026-11-21, torch 2.13) ``torch.bucketize`` makes 44 million codes a second at 4 bits and 25 at 8, a sum of
+15 comparisons about 90 at 4 bits; the slot table below makes 370 at any number of bits, and ``int`` needs no table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ _MOST_SLOTS = 1 << 14  # int32 and float32 tables of this length still fit the L
 
 
 class Buffers:
-    """Memory that a search reuses for every candidate; asking the allocator anew each time costs five times the arithmetic."""
+    """Memory that a search reuses for every candidate.
+
+    Asked anew each time, the allocator returns pages that fault: 4.8 instead of 22.9 million weights a second (``int``, one core).
+    """
 
     def __init__(self, shape: torch.Size, device: torch.device) -> None:
         self.x = torch.empty(shape, device=device)

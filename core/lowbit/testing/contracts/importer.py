@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 import shutil
@@ -129,13 +130,13 @@ class ImporterContract:
 
 
 class _Touch:
-    """Unpickling it creates a file: proof that code from a checkpoint ran."""
+    """Unpickling it creates a folder: proof that code from a checkpoint ran."""
 
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
-        return open, (self.path, "w")
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return os.mkdir, (self.path,)
 
 
 def _read_all(importer: Importer, path: Path, what: str) -> dict[str, Value] | None:
