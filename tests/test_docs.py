@@ -1,6 +1,7 @@
 """The documentation is current: matrix, hooks, commands and options are those of the code."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,11 @@ def test_commands_are_shown(command):
 @pytest.mark.parametrize("name", list(lowbit.installed().quantizers))
 def test_quantizer_options_are_documented(name):
     quantizer = lowbit.installed().quantizers[name]
-    readme = (ROOT / "plugins" / name / "README.md").read_text()
+    module = Path(sys.modules[type(quantizer).__module__].__file__)
+    page = next(path for path in (folder / "README.md" for folder in module.parents) if path.exists())
+    assert page != ROOT / "README.md", f"{module.parent} needs a README.md"
     for option in describe_options(quantizer.Options):
-        assert f"`{option['name']}`" in readme, f"plugins/{name}/README.md does not mention {option['name']}"
+        assert f"`{option['name']}`" in page.read_text(), f"{page} does not mention {option['name']}"
         assert option["help"], f"{name} option {option['name']} has no help"
 
 

@@ -113,7 +113,7 @@ class Trellis:
     """A bitshift trellis over ``tile`` (out, in): step t decodes the ``state_bits`` bits that end at the step's last bit.
 
     ``step_bits`` repeats over the steps of a tile, so (2, 3) is 2.5 bits; each step yields ``step_weights`` weights. The
-    stream of a tile is circular (tail-biting). ``code`` names the function from state to value (qtip_spqr: 1.2, 2.2), and
+    stream of a tile is circular (tail-biting). ``code`` names the function from state to value (arXiv 2406.11235 and exllamav3), and
     ``order`` the walk over the tile: row by row, or as a warp holds it (``mma_b``, drawn in lowbit.trellis).
     """
 

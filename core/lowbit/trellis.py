@@ -4,7 +4,7 @@
     step t of step_bits k(t) ends at bit e(t) = k(0) + ... + k(t); its state is the state_bits bits b(e-L) .. b(e-1)
 
 Step t decodes weight t of a 16x16 tile row by row, or in order ``mma_b`` the one that lane t // 8 of a warp holds in register
-t % 8 of two B fragments (k16 x n8) of the instruction mma.m16n8k16; EXL3 stores its tiles so (qtip_spqr: 2.3):
+t % 8 of two B fragments (k16 x n8) of the instruction mma.m16n8k16; EXL3 stores its tiles so:
 
     register   0 1 2 3 4 5 6 7
     out        l l l l h h h h      l = t // 8 // 4, h = l + 8

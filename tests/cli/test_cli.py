@@ -150,7 +150,7 @@ def test_errors_are_json_for_machines(tmp_path):
 def test_a_signal_leaves_the_destination_as_it_was(tmp_path, number):
     folder = tmp_path / "model"
     folder.mkdir()
-    weight = torch.randn(4096, 4096).bfloat16()
+    weight = torch.randn(2048, 2048).bfloat16()
     save_file({f"model.layers.{i}.mlp.up_proj.weight": weight.clone() for i in range(6)}, folder / "model.safetensors")
     settings = ["-q", "kbit", "--set", "scale=search", "--set", "codebook=learned"]
     command = [sys.executable, "-m", "lowbit", "convert", str(folder), str(tmp_path / "out"), *settings]

@@ -9,10 +9,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
 
 import lowbit
 from lowbit import Grid, PackedTensor, Packer, QuantizedTensor, ReferenceKernel, Registry, ScaleFormat, Scheme
@@ -146,6 +142,11 @@ MODELS = {
 
 def write_tokenizer(folder: Path, template=None):
     """Write a tokenizer of single bytes and an end of text, 257 entries."""
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+
     alphabet = sorted(ByteLevel.alphabet())
     vocabulary = {"<|endoftext|>": 0, **{letter: number + 1 for number, letter in enumerate(alphabet)}}
     tokenizer = Tokenizer(BPE(vocabulary, []))

@@ -10,9 +10,12 @@ from typing import Any, NoReturn
 import click
 
 from lowbit import __version__
+from lowbit.cli.bench import bench_command
 from lowbit.cli.convert import convert_command
 from lowbit.cli.diff import diff_command
 from lowbit.cli.doctor import doctor_command
+from lowbit.cli.eval import eval_command
+from lowbit.cli.generate import generate_command
 from lowbit.cli.inspect import inspect_command
 from lowbit.cli.plugins import plugins_command
 from lowbit.errors import LowbitError
@@ -31,7 +34,16 @@ def cli() -> None:
     """Quantize language models, convert low-bit weights between formats exactly, and prove what was written."""
 
 
-for command in (convert_command, inspect_command, diff_command, plugins_command, doctor_command):
+for command in (
+    convert_command,
+    inspect_command,
+    diff_command,
+    plugins_command,
+    doctor_command,
+    generate_command,
+    eval_command,
+    bench_command,
+):
     cli.add_command(command)
 
 

@@ -61,7 +61,7 @@ def search_scales(
         importance: float32 (1, groups, size) or (rows, groups, size), or None for 1.
     """
     unit = (groups * reciprocals(extremes)[..., None]).permute(2, 0, 1).contiguous()  # (size, rows, groups)
-    weights = None if importance is None else importance.permute(2, 0, 1)
+    weights = None if importance is None else importance.permute(2, 0, 1).contiguous()
     best, best_score = torch.ones_like(extremes), torch.zeros_like(extremes)
     buffers = Buffers(unit.shape, unit.device)
     for factor in factors:

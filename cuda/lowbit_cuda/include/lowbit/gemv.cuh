@@ -12,7 +12,7 @@
 //   tile 0  [ warp 0 | warp 1 | ... ] -> 16 sums a warp and token -> shared memory -> one sum over warps -> y
 //   tile 1  [ warp 0 | warp 1 | ... ]
 //
-// Measured on an H200 (design page, 2026-11): issuing the loads of x before the weight stream matters more than deeper
+// Measured on an H200 (2026-11-21): issuing the loads of x before the weight stream matters more than deeper
 // prefetch; under programmatic dependent launch the opposite order wins, because weights may be fetched before the wait.
 #pragma once
 #include <lowbit/affine.cuh>

@@ -1,0 +1,1 @@
+"""How much a model lost: perplexity, and divergence from a base model."""
