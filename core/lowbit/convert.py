@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,23 +105,26 @@ def execute(
     check_space(plan, destination)
     report = progress or (lambda phase, step: None)
     outcomes: list[Outcome] = []
-    digests: dict[str, bytes] = {}
+    digests: dict[str, Future[bytes]] = {}
 
     def results() -> Generator[tuple[str, Value]]:
         work = _Work(registry, calibration)
+        hashed: Future[bytes] | None = None
         with closing(prefetch(checkpoint.read(step.name) for step in plan.steps)) as values:
             for step, value in zip(plan.steps, values, strict=True):
                 result, error = work.run(step, value)
                 del value
                 outcomes.append(Outcome(step, error))
-                digests[step.name] = digest(result)
+                if hashed:
+                    hashed.result()  # one result at a time waits for its hash, so that memory stays bounded
+                hashed = digests[step.name] = hasher.submit(digest, result)
                 yield step.name, result
                 report("convert", step)
 
-    with staged(destination, overwrite) as temporary:
+    with staged(destination, overwrite) as temporary, ThreadPoolExecutor(1, "lowbit-hash") as hasher:
         with closing(results()) as stream:
             plan.exporter.write(temporary, plan.entries, stream, plan.metadata, shard_size)
-        verify(temporary, plan, digests, registry, report)
+        verify(temporary, plan, {name: done.result() for name, done in digests.items()}, registry, report)
     return Report(plan, tuple(outcomes))
 
 

