@@ -37,7 +37,7 @@ def search_affine(
     search = _Search(groups, (high - low) / highest, low, above_zero)
     inverse = reciprocal(high - low)
     shifted = groups.x - low.unsqueeze(1)
-    for span in spans:
+    for span in (highest, *spans):  # the range itself first, so that no group ends worse than rounding over it
         torch.mul(shifted, (span * inverse).unsqueeze(1), out=groups.codes).round_()
         if span >= highest + 0.5:
             groups.codes.clamp_max_(highest)
