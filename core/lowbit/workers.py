@@ -37,13 +37,25 @@ def map_ranges(
     """Apply ``function(start, stop)`` to ranges of rows that together cover ``rows``, in parallel, results in order.
 
     The ranges depend on the shape alone, never on the number of threads, so results are the same everywhere. Called from
-    inside a worker, the ranges run one after the other there.
+    inside a worker, or on a CUDA stream of the caller's own (workers would use the default one), the ranges run one after the
+    other there. Workers share the caller's inference mode, without which they could not write to its tensors.
     """
     step = max(1, piece // max(1, columns) // multiple) * multiple
     ranges = [(start, min(start + step, rows)) for start in range(0, rows, step)] or [(0, rows)]
-    if len(ranges) == 1 or threading.current_thread().name.startswith(_PREFIX):
+    if len(ranges) == 1 or threading.current_thread().name.startswith(_PREFIX) or _on_a_stream():
         return [function(start, stop) for start, stop in ranges]
-    return list(_pool(torch.get_num_threads()).map(lambda bounds: function(*bounds), ranges))
+    inference = torch.is_inference_mode_enabled()
+
+    def work(bounds: tuple[int, int]) -> T:
+        with torch.inference_mode(inference):
+            return function(*bounds)
+
+    return list(_pool(torch.get_num_threads()).map(work, ranges))
+
+
+def _on_a_stream() -> bool:
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.current_stream() != torch.cuda.default_stream()
 
 
 _PREFIX = "lowbit-worker"

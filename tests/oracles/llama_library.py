@@ -42,6 +42,14 @@ class Llama:
             return None
         return {name: type.upper() for name, type in _LINE.findall("".join(self._log).replace("\n[", "\n] ["))}
 
+    @staticmethod
+    def perplexity(logits, tokens):
+        """Return exp of the mean negative log likelihood of tokens[1:] under logits[:-1]."""
+        rows = logits[:-1].astype(np.float64)
+        rows -= rows.max(axis=1, keepdims=True)
+        likelihood = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+        return float(np.exp(-likelihood[np.arange(len(rows)), list(tokens[1:])].mean()))
+
     def model(self, path, context=512):
         """Load a model; raises ValueError when llama.cpp does not take it."""
         options = {"n_ctx": context, "n_batch": context, "n_threads": THREADS, "n_threads_batch": THREADS}
@@ -77,11 +85,3 @@ class Model:
     def close(self):
         """Free the model."""
         self._model.close()
-
-
-def perplexity(logits, tokens):
-    """Return exp of the mean negative log likelihood of tokens[1:] under logits[:-1]."""
-    rows = logits[:-1].astype(np.float64)
-    rows -= rows.max(axis=1, keepdims=True)
-    likelihood = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
-    return float(np.exp(-likelihood[np.arange(len(rows)), list(tokens[1:])].mean()))

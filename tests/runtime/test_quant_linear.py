@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lowbit import PackedTensor, QuantLinear
+from lowbit import Grid, PackedTensor, QuantLinear, ScaleFormat, Scheme
 from lowbit.errors import CheckpointError, NoRouteError
+from lowbit.runtime.cpu import register_cpu_kernels
 from lowbit.tensors import bit_equal
-from lowbit.testing import budgets
+from lowbit.testing import budgets, samples
 
 SHAPE = (24, 16)
+SCHEME = Scheme(Grid.AFFINE, 4, 8, scales=ScaleFormat("float16"))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -96,6 +98,30 @@ def test_a_cached_weight_serves_long_inputs(packed, registry):
     layer(x)
     assert layer._dense is kept
     assert layer.half()._dense is None
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_dequantized": True}])
+def test_what_is_prepared_in_inference_mode_trains_later(packed, registry, options):
+    register_cpu_kernels(registry)
+    layer = QuantLinear(packed.spec, registry=registry, **options)
+    layer._buffers.update(packed.buffers)
+    x = torch.randn(3, SHAPE[1], requires_grad=True)
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(3, -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_weights_run_in_inference_mode(registry, dtype):
+    """Large enough for several threads, which must share the mode."""
+    register_cpu_kernels(registry)
+    packed = registry.packers["parts"].pack(samples.quantized(SCHEME, (2048, 1088)))
+    layer = QuantLinear.from_packed(packed, dtype=dtype, registry=registry)
+    x = torch.randn(2, 1088).to(dtype)
+    with torch.inference_mode():
+        found = layer(x)
+    assert torch.equal(found, layer(x))
 
 
 def test_state_dict_round_trip_is_exact(layer, packed, registry):
@@ -232,8 +258,6 @@ def test_without_a_kernel_the_plugin_is_named(packed):
 
 
 def test_released_weights_run_but_cannot_be_saved_moved_or_cast(registry, packed):
-    from lowbit.runtime.cpu import register_cpu_kernels
-
     register_cpu_kernels(registry)
     layer = QuantLinear.from_packed(packed, registry=registry)
     x = torch.randn(2, SHAPE[1])

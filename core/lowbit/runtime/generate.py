@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import OptionError
+from lowbit.runtime.graphs import GraphedSteps, can_graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +58,35 @@ def stream(
     sampling, ends = sampling or Sampling(), frozenset(stop)
     source = torch.Generator().manual_seed(sampling.seed)
     limit = limit if longest is None else min(limit, longest - len(prompt))
-    ids, cache = torch.tensor([list(prompt)], device=model.device), None
-    for _ in range(limit):
-        with torch.inference_mode():
-            out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        token = sampling.choose(out.logits[0, -1], source)
+    ids = torch.tensor([list(prompt)], device=model.device)
+    steps = GraphedSteps(model, len(prompt) + limit) if can_graph(model) else PlainSteps(model)
+    logits = steps.prefill(ids)
+    for number in range(limit):
+        token = sampling.choose(logits, source)
         if token in ends:
             return
         yield token
-        ids, cache = torch.tensor([[token]], device=model.device), out.past_key_values
+        if number + 1 < limit:
+            logits = steps.step(token)
+
+
+class PlainSteps:
+    """Runs a model token by token over transformers' growing cache."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.cache = model, None
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Run tokens (1, n) and return the logits (vocabulary,) after the last."""
+        with torch.inference_mode():
+            out = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        logits: Tensor = out.logits[0, -1]
+        return logits
+
+    def step(self, token: int) -> Tensor:
+        """Run one token and return the logits after it."""
+        return self.prefill(torch.tensor([[token]], device=self.model.device))
 
 
 def max_context(model: Any) -> int | None:

@@ -119,7 +119,8 @@ class QuantLinear(nn.Linear):
         if device.type == "meta":
             return
         choice = choose(problem_for(self.spec, self.compute_dtype, device), self._registry or installed())
-        prepared = choice.kernel.prepare(packed)
+        with torch.inference_mode(False), torch.no_grad():  # what is kept must serve a backward pass too
+            prepared = choice.kernel.prepare(packed)
         for name, buffer in prepared.buffers.items():
             if self._buffers.get(name) is not buffer:
                 self.register_buffer(_PREPARED + name, buffer, persistent=False)
@@ -163,10 +164,11 @@ class QuantLinear(nn.Linear):
     def _dense_weight(self, dtype: torch.dtype) -> Tensor:
         if self._dense is not None and self._dense.dtype == dtype:
             return self._dense
-        dense: Tensor = torch.ops.lowbit.dequantize(self._operands(), self._binding, dtype)
-        if self.cache_dequantized and dtype == self.compute_dtype and not torch.compiler.is_compiling():
-            self._dense = dense
-        return dense
+        if torch.compiler.is_compiling() or not self.cache_dequantized or dtype != self.compute_dtype:
+            return torch.ops.lowbit.dequantize(self._operands(), self._binding, dtype)  # type: ignore[no-any-return]
+        with torch.inference_mode(False), torch.no_grad():  # it must serve a backward pass too
+            self._dense = self.dequantize(dtype)
+        return self._dense
 
     def _operands(self) -> list[Tensor]:
         """Return the prepared buffers by way of the module's own, which compiled code knows to stay where they are."""

@@ -22,6 +22,7 @@ from lowbit.runtime.lazy import LazyTensor, lazy_tensor
 from lowbit.runtime.linear import QuantLinear
 from lowbit.runtime.slots import PackedSlot, Slots, make_slots, replace_module
 from lowbit.tensors import PackedSpec, PackedTensor
+from lowbit.workers import PIECE, map_ranges
 
 
 def load(
@@ -104,20 +105,40 @@ class Streaming:
                 self.tensors[name] = lazy_tensor(self.checkpoint, name, self.registry, self.dtype)
 
     def fill(self, model: nn.Module, device: torch.device, keep_packed: bool, cache_dequantized: bool) -> None:
-        """Read the packed weights, in the order of the file, and put a layer in each slot."""
+        """Read the packed weights, in the order of the file, and put a layer in each slot.
+
+        On a CPU as many layers are prepared at once as torch has threads, each by one: the tensors of a layer are too small to
+        share out.
+        """
         assert self.slots is not None
         options = {"dtype": self.dtype, "registry": self.registry, "cache_dequantized": cache_dequantized}
-        for name, path in self.slots.linears.items():
-            value = self.checkpoint.read(name)
-            assert isinstance(value, PackedTensor)
-            buffers = {buffer: tensor.to(device) for buffer, tensor in value.buffers.items()}
-            del value
-            slot = model.get_submodule(path)
-            assert isinstance(slot, PackedSlot)
-            layer = QuantLinear.from_packed(PackedTensor(slot.spec, buffers), slot.bias, **options)
+
+        def layer(value: PackedTensor, slot: PackedSlot) -> QuantLinear:
+            buffers = {name: buffer.to(device) for name, buffer in value.buffers.items()}
+            made = QuantLinear.from_packed(PackedTensor(slot.spec, buffers), slot.bias, **options)
             if not keep_packed:
-                layer.release()
-            replace_module(model, path, layer.eval())
+                made.release()
+            return made.eval()
+
+        names, together = list(self.slots.linears), torch.get_num_threads() if device.type == "cpu" else 1
+        for start in range(0, len(names), together):
+            paths = [self.slots.linears[name] for name in names[start : start + together]]
+            values = [self._packed(name) for name in names[start : start + together]]
+            slots = [_slot(model, path) for path in paths]
+            made = map_ranges(lambda at, _, v=values, s=slots: layer(v[at], s[at]), len(values), PIECE)  # type: ignore[misc]
+            for path, found in zip(paths, made, strict=True):
+                replace_module(model, path, found)
+
+    def _packed(self, name: str) -> PackedTensor:
+        value = self.checkpoint.read(name)
+        assert isinstance(value, PackedTensor)
+        return value
+
+
+def _slot(model: nn.Module, path: str) -> PackedSlot:
+    slot = model.get_submodule(path)
+    assert isinstance(slot, PackedSlot)
+    return slot
 
 
 def _device(device: torch.device | str) -> torch.device:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -43,15 +44,17 @@ class Binding:
 
 _bindings: list[Binding] = []
 _numbers: dict[tuple[int, str], int] = {}
+_lock = Lock()
 
 
 def bind(kernel: Kernel, spec: PackedSpec) -> int:
     """Return the number of (kernel, spec) in this process; the same pair gets the same number."""
     key = (id(kernel), repr(spec))  # a bound kernel stays alive in _bindings, so its id is not given away again
-    if key not in _numbers:
-        register()
-        _numbers[key] = len(_bindings)
-        _bindings.append(Binding(kernel, spec))
+    with _lock:  # layers are prepared in several threads
+        if key not in _numbers:
+            register()
+            _bindings.append(Binding(kernel, spec))
+            _numbers[key] = len(_bindings) - 1
     return _numbers[key]
 
 

@@ -38,7 +38,7 @@ class Encoder(Protocol):
     codebook: Tensor
 
     def codes(self, x: Tensor) -> Tensor:
-        """Return uint8 codes of float32 ``x``, in its shape."""
+        """Return uint8 codes of float32 ``x``, in its shape; ``x`` may be overwritten."""
 
     def nearest(self, x: Tensor, buffers: Buffers) -> Tensor:
         """Return ``codebook[codes(x)]`` for contiguous float32 ``x``, in a buffer or in ``x`` itself, which is overwritten."""
@@ -62,7 +62,7 @@ def make_encoder(codebook: Tensor) -> Encoder:
 class UniformEncoder:
     """The codebook ``int``: midpoints are integers after a multiplication by 2^(k-1), which float32 does exactly.
 
-    Midpoints strictly below y = x * 2^(k-1) are the integers from 1 - 2^(k-1) to ceil(y) - 1.
+    Midpoints strictly below y = x * 2^(k-1) are the integers from 1 - 2^(k-1) to ceil(y) - 1; ceil(y) is -floor(-y).
     """
 
     def __init__(self, codebook: Tensor) -> None:
@@ -70,15 +70,16 @@ class UniformEncoder:
         self._half = len(codebook) // 2
 
     def codes(self, x: Tensor) -> Tensor:
-        """Return uint8 codes of float32 ``x``."""
-        return self._ceil_(x * self._half).add_(self._half - 1).to(torch.uint8)
+        """Turn ``x`` into floor(-y), which fits int8, and that into 2^(k-1) - 1 - floor(-y): a bitwise not, and an addition.
+
+        torch converts float32 to int8 six times as fast as to uint8.
+        """
+        floor = x.mul_(-self._half).floor_().clamp_(-self._half, self._half - 1).to(torch.int8)
+        return floor.bitwise_not_().view(torch.uint8).add_(self._half)
 
     def nearest(self, x: Tensor, buffers: Buffers) -> Tensor:
         """Turn ``x`` into the entries nearest to it; (ceil - 0.5) / 2^(k-1) is exact in float32."""
-        return self._ceil_(x.mul_(self._half)).sub_(0.5).mul_(1 / self._half)
-
-    def _ceil_(self, y: Tensor) -> Tensor:
-        return y.ceil_().clamp_(1 - self._half, self._half)
+        return x.mul_(self._half).ceil_().clamp_(1 - self._half, self._half).sub_(0.5).mul_(1 / self._half)
 
 
 class SlotEncoder:
