@@ -21,6 +21,7 @@ from lowbit.scheme import Scheme
 from lowbit.tensors import PackedSpec, PackedTensor, QuantizedTensor
 
 if TYPE_CHECKING:
+    from lowbit.calibration.block import Block
     from lowbit.loaders import LoaderRule
 
 Entry: TypeAlias = "TensorSpec | PackedSpec"
@@ -82,8 +83,12 @@ class Quantizer(ABC, Generic[OptionsT]):
         weights: Mapping[str, Tensor],
         options: Mapping[str, OptionsT],
         calibration: Mapping[str, Calibration],
+        block: Block | None = None,
     ) -> dict[str, QuantizedTensor]:
-        """Quantize the weights of one decoder block together; the default quantizes each alone."""
+        """Quantize the weights of one decoder block together; the default quantizes each alone.
+
+        ``block`` is there when ``needs`` holds ``block_inputs`` and calibration ran: the block in memory with its activations.
+        """
         return {name: self.quantize(weight, options[name], calibration.get(name)) for name, weight in weights.items()}
 
 
