@@ -43,5 +43,5 @@ class Block(ABC):
         Gradients flow when they are enabled; the result has the shape of ``hidden``.
         """
 
-    def log(self, text: str) -> None:  # noqa: B027  # showing it is optional
+    def log(self, text: str) -> None:
         """Tell the user one line about this block: the loss before and after."""
