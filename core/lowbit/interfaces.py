@@ -57,6 +57,14 @@ class Quantizer(ABC, Generic[OptionsT]):
     needs: ClassVar[frozenset[str]] = frozenset()
     """What convert must collect first: a subset of ``hessian``, ``importance``, ``block_inputs``."""
 
+    def needs_for(self, options: OptionsT) -> frozenset[str]:
+        """Return the part of ``needs`` that these options use; the default is all of it (0 tuning steps may need nothing)."""
+        return self.needs
+
+    def sampling(self, options: OptionsT) -> Mapping[str, int]:
+        """Return what these options imply for calibration where the user says nothing: ``nsamples`` and ``seqlen``."""
+        return {}
+
     @abstractmethod
     def scheme(self, options: OptionsT) -> Scheme:
         """Return the scheme of the results, before any data; raise OptionError for options that make no sense."""
