@@ -168,7 +168,7 @@ class _Planner:
 
     def _quantize(self, name: str, entry: Entry, choice: Choice) -> Step:
         scheme, shape = choice.scheme, (entry.shape[0], entry.shape[1])
-        if missing := choice.quantizer.needs - self._measured(name):
+        if missing := choice.quantizer.needs_for(choice.options) - self._measured(name):
             raise OptionError(
                 f"quantizer {choice.quantizer.name!r} needs calibration ({', '.join(sorted(missing))}) for {name}, and there "
                 "is none; give --imatrix for importance, or choose options that need nothing"

@@ -83,8 +83,8 @@ def _open_experts(model: nn.Module) -> None:
 
 
 def _check(name: str, choice: Choice, linear: nn.Linear, registry: Registry) -> None:
-    if choice.quantizer.needs:
-        needs = ", ".join(sorted(choice.quantizer.needs))
+    if missing := choice.quantizer.needs_for(choice.options):
+        needs = ", ".join(sorted(missing))
         raise OptionError(
             f"{choice.quantizer.name} needs {needs} from calibration, which lowbit convert collects ({name})"
         )

@@ -50,7 +50,7 @@ class QuantizerContract:
     @pytest.fixture
     def calibration(self, quantizer: Quantizer[Any], shape: tuple[int, int]) -> Calibration | None:
         """What ``needs`` asks for, measured on Gaussian inputs of unequal columns; None when it needs nothing."""
-        if not quantizer.needs & {"hessian", "importance"}:
+        if not quantizer.needs_for(options) & {"hessian", "importance"}:
             return None
         columns = shape[1]
         gains = 0.1 + torch.rand(columns, generator=weights.generator(2))
@@ -213,7 +213,7 @@ class QuantizerContract:
         """A row that its groups do not divide is quantized with a short last group, or refused with a sentence."""
         group_size = quantizer.scheme(options).group_size or 64
         shape = (rows, max(1, group_size // 2 if columns == "short" else group_size + group_size // 2))
-        if quantizer.needs:
+        if quantizer.needs_for(options):
             pytest.skip("calibration is made for the shape of the fixture")
         weight = weights.gaussian(shape)
         try:
