@@ -63,7 +63,7 @@ def demonstrate(source: Path, folder: Path, title: str, format: str, rule: Rule 
     """Convert, measure, and let the result continue the prompt."""
     destination = folder / ("model.gguf" if format.startswith("gguf") else "model")
     started = time.perf_counter()
-    report = run(source, destination, Target.parse(format), Recipe(rule), title)
+    report = run(source, destination, Target.parse(format), Recipe(rule, requantize=True), title)
     seconds = time.perf_counter() - started
     size = destination.stat().st_size if destination.is_file() else sum(f.stat().st_size for f in destination.iterdir())
     words = speak(destination, folder / "spoken", title)

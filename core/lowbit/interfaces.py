@@ -276,11 +276,22 @@ class Exporter(ABC):
     layouts: ClassVar[tuple[str, ...] | None]
     """The layouts it stores, best first; () stores no packed weight (they are dequantized); None stores any layout."""
     suffix: ClassVar[str] = ""
-    """The destination's file suffix, such as ``.gguf``; empty when it is a folder."""
+    """The destination's file suffix, such as ``.gguf``: one file, whatever its size. Empty when it is a folder."""
+    calibration_suffix: ClassVar[str] = ""
+    """The suffix of calibration files that ``write_calibration`` writes, such as ``.gguf``; empty when it writes none."""
+    quantizers: ClassVar[tuple[str, ...]] = ()
+    """Names of quantizers that ``--allow-requantize`` asks first where none is given; those that are not installed are skipped."""
 
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """Return None when the format can hold the scheme, layouts aside, else the reason."""
         return None
+
+    def packs(self, name: str) -> bool:
+        """Return whether readers of the format look for a packed weight under this name; else it is dequantized, exactly.
+
+        The default takes every name. Formats that pack linear layers only refuse embeddings.
+        """
+        return True
 
     def variants(self) -> Mapping[str, Scheme]:
         """Return named schemes for ``--format FORMAT:VARIANT``, such as ``q4_0``; the default has none."""

@@ -190,6 +190,7 @@ def _exactly(values: Tensor, dtype: str, what: str) -> Tensor:
     if not bit_equal(converted.float(), values.float()):
         wrong = values[converted.float() != values.float()]
         raise SchemeError(
-            f"{what} {float(wrong.flatten()[0]):.6g} is no {dtype} number; the exact conversion needs it to be"
+            f"{what} {float(wrong.flatten()[0]):.6g} is no {dtype} number, and an exact conversion needs it to be; --quantizer with "
+            "--allow-requantize chooses new codes"
         )
     return converted.contiguous()

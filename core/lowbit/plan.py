@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from lowbit.interfaces import Calibration, Checkpoint, Entry, Exporter, MatmulPr
 from lowbit.parts import TensorSpec, part_specs
 from lowbit.recipe import Choice, Recipe, is_linear_name, is_matrix
 from lowbit.registry import Registry
+from lowbit.requantize import choice_for, nearest_choice, way_out
 from lowbit.scheme import Scheme
 from lowbit.tensors import PackedSpec
 
@@ -111,18 +112,20 @@ class Target:
         format, _, variant = text.partition(":")
         return cls(format, variant or None, dtype)
 
-    def wanted(self, exporter: Exporter, checkpoint: Checkpoint) -> dict[str, Scheme]:
+    def wanted(self, exporter: Exporter, checkpoint: Checkpoint, calibrated: bool = False) -> dict[str, Scheme]:
         """Return the scheme that the variant asks of each tensor; raise OptionError for an unknown variant."""
         if self.variant is None:
             return {}
         variants, entries = exporter.variants(), checkpoint.entries
         if self.variant in exporter.mixes():  # before a scheme of the same name: a mix says more of the same
-            return dict(exporter.mix(self.variant, entries, checkpoint.metadata))
+            return dict(exporter.mix(self.variant, entries, checkpoint.metadata, calibrated))
         if self.variant in variants:
             names = (name for name, entry in entries.items() if is_matrix(entry) and is_linear_name(name))
             return dict.fromkeys(names, variants[self.variant])
         known = ", ".join(dict.fromkeys((*variants, *exporter.mixes()))) or "none"
-        raise OptionError(f"format {self.format!r} has no variant {self.variant!r}; it has {known}")
+        reason = exporter.why_no_variant(self.variant)
+        because = f": {reason}" if reason else ""
+        raise OptionError(f"format {self.format!r} has no variant {self.variant!r}{because}; it has {known}")
 
 
 def make_plan(
@@ -138,9 +141,9 @@ def make_plan(
     wrongly, and what the exporter's ``check`` raises for the checkpoint as a whole.
     """
     exporter = registry.exporters[target.format]
-    wanted = target.wanted(exporter, checkpoint)
+    wanted = target.wanted(exporter, checkpoint, bool(calibration))
     choices = recipe.choose(checkpoint.entries, registry, wanted)
-    planner = _Planner(registry, target, wanted if not recipe.quantizes else {}, calibration)
+    planner = _Planner(registry, target, wanted if not recipe.quantizes else {}, calibration, recipe.requantize)
     steps = tuple(planner.step(name, entry, choices.get(name)) for name, entry in checkpoint.entries.items())
     plan = Plan(steps, exporter, checkpoint.metadata)
     if wanted and not any(step.action is not Action.COPY or isinstance(step.source, PackedSpec) for step in steps):
@@ -157,6 +160,7 @@ class _Planner:
     target: Target
     wanted: Mapping[str, Scheme]
     calibration: Mapping[str, Calibration]
+    requantize: bool = False
     lifted: dict[tuple[Scheme, tuple[int, int]], Scheme] = field(default_factory=dict)
 
     def step(self, name: str, entry: Entry, choice: Choice | None) -> Step:
@@ -168,6 +172,11 @@ class _Planner:
 
     def _quantize(self, name: str, entry: Entry, choice: Choice) -> Step:
         scheme, shape = choice.scheme, (entry.shape[0], entry.shape[1])
+        if isinstance(entry, PackedSpec) and not self.requantize:
+            raise OptionError(
+                f"{name} is {entry.scheme.summary()} already, and new codes would round it a second time; leave the quantizer "
+                "out to move its codes exactly, keep it by a rule PATTERN=none, or give --allow-requantize"
+            )
         if missing := choice.quantizer.needs_for(choice.options) - self._measured(name):
             raise OptionError(
                 f"quantizer {choice.quantizer.name!r} needs calibration ({', '.join(sorted(missing))}) for {name}, and there "
@@ -188,16 +197,52 @@ class _Planner:
         return frozenset(what for what in ("importance", "hessian") if getattr(measured, what) is not None)
 
     def _move(self, name: str, entry: PackedSpec) -> Step:
-        scheme = self._exact_scheme(name, entry)
+        """Copy, transcode or dequantize a packed weight: always exactly, unless requantizing is allowed."""
         exporter = self.registry.exporters[self.target.format]
-        stores_layout = exporter.layouts is None or entry.layout in exporter.layouts
-        if scheme == entry.scheme and stores_layout and exporter.why_not(scheme, entry.shape) is None:
+        stored = exporter.layouts is None or entry.layout in exporter.layouts
+        if stored and self._wants(name, entry) and exporter.why_not(entry.scheme, entry.shape) is None:
             return Step(name, Action.COPY, entry, entry)
-        packer = self._route(name, scheme, entry.shape)
-        self._require_readable(entry)
+        if not exporter.packs(name):
+            return self._dequantize(name, entry)
+        try:
+            scheme = self._exact_scheme(name, entry)
+            packer = self._route(name, scheme, entry.shape)
+        except NoRouteError as refusal:
+            return self._requantize(name, entry, refusal)
         if packer is None:
-            return Step(name, Action.DEQUANTIZE, entry, TensorSpec(self.target.dtype or torch.float32, entry.shape))
+            return self._dequantize(name, entry)
+        self._require_readable(entry)
         return Step(name, Action.TRANSCODE, entry, packer.spec(scheme, entry.shape), packer=packer)
+
+    def _wants(self, name: str, entry: PackedSpec) -> bool:
+        """Whether the weight's own scheme and layout are what the variant asks for, where there is one."""
+        if self.wanted.get(name, entry.scheme) != entry.scheme:
+            return False
+        preferred = self._preferred()
+        others = (self.registry.packers[layout] for layout in preferred if entry.layout not in preferred)
+        return all(packer.why_not(entry.scheme, entry.shape) for packer in others)
+
+    def _preferred(self) -> Sequence[str]:
+        return self.registry.exporters[self.target.format].preferred(self.target.variant) if self.target.variant else ()
+
+    def _dequantize(self, name: str, entry: PackedSpec) -> Step:
+        self._require_readable(entry)
+        return Step(name, Action.DEQUANTIZE, entry, TensorSpec(self.target.dtype or torch.float32, entry.shape))
+
+    def _requantize(self, name: str, entry: PackedSpec, refusal: NoRouteError) -> Step:
+        """Choose new codes in the scheme that the variant asks for, or in the nearest; raise the refusal where that is not allowed."""
+        scheme, shape, exporter = entry.scheme, entry.shape, self.registry.exporters[self.target.format]
+        if not self.requantize:
+            hint = way_out(self.registry, scheme, shape, self.target.format)
+            raise NoRouteError(refusal.question, refusal.reasons, hint) from None
+        if wanted := self.wanted.get(name):
+            choice = choice_for(self.registry, wanted, exporter)
+        else:
+            choice = nearest_choice(self.registry, scheme, shape, exporter)
+        if choice is None:
+            hint = "no installed quantizer gives a scheme that it holds; name one with --quantizer"
+            raise NoRouteError(refusal.question, refusal.reasons, hint) from None
+        return self._quantize(name, entry, choice)
 
     def _exact_scheme(self, name: str, entry: PackedSpec) -> Scheme:
         """Return the scheme to store a packed weight in: its own, the variant's, or the smallest that means the same."""
@@ -207,8 +252,7 @@ class _Planner:
                 question = (
                     f"{name} is {entry.scheme.summary()} and {variant} is {wanted.summary()}: no exact way leads there"
                 )
-                hint = "give --quantizer to choose new codes, or leave the variant out"
-                raise NoRouteError(question, {variant: reason}, hint)
+                raise NoRouteError(question, {variant: reason})
             return wanted
         return self._storable(entry.scheme, entry.shape)
 
@@ -232,7 +276,7 @@ class _Planner:
 
     def _route(self, name: str, scheme: Scheme, shape: tuple[int, int]) -> Packer | None:
         try:
-            return self.registry.route(scheme, shape, self.target.format).packer
+            return self.registry.route(scheme, shape, self.target.format, self._preferred()).packer
         except NoRouteError as error:
             raise NoRouteError(f"{name}: {error.question}", error.reasons, error.hint) from None
 

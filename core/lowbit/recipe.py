@@ -85,10 +85,15 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The default rule (None: quantize nothing that no rule names) and the rules before it."""
+    """The default rule (None: quantize nothing that no rule names) and the rules before it.
+
+    ``requantize`` allows new codes for weights that are quantized already: those that a rule takes, and without a default those
+    that have no exact route.
+    """
 
     default: Rule | None = None
     rules: tuple[Rule, ...] = ()
+    requantize: bool = False
 
     @property
     def quantizes(self) -> bool:

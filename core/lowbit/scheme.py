@@ -277,7 +277,7 @@ class Scheme:
 
     def summary(self) -> str:
         """A short name for tables, such as ``affine 4-bit g128 asym`` or ``codebook 3-bit g64 +outliers``."""
-        parts = [self.grid.value, f"{_rate(self):g}-bit", f"g{self.group_size}" if self.group_size else "per-channel"]
+        parts = [self.grid.value, f"{self.rate:g}-bit", f"g{self.group_size}" if self.group_size else "per-channel"]
         if self.grid is Grid.AFFINE and not self.symmetric:
             parts.append({Zero.INTEGER: "asym", Zero.FLOAT: "float-zero", Zero.MINIMUM: "min"}[self.zero])
         if self.scales.two_level:
@@ -288,6 +288,15 @@ class Scheme:
         return " ".join(parts + [f"+{name}" for name, value in addons.items() if value])
 
     def to_json(self) -> dict[str, Any]:
+    @property
+    def rate(self) -> float:
+        """Bits of codes for each weight, scales and add-ons not counted."""
+        if self.trellis:
+            return self.trellis.tile_bits / math.prod(self.trellis.tile)
+        if self.binary and self.binary.rate:
+            return self.binary.rate
+        return self.bits / self.vector
+
         """Return a JSON document; fields at their default are left out, so that files stay readable."""
         return {"version": SCHEME_VERSION, **to_document(self)}
 
@@ -302,13 +311,6 @@ class Scheme:
                 f"this lowbit reads scheme version {SCHEME_VERSION}, got {version!r}; install a newer lowbit"
             )
         return from_document(cls, values)
-
-
-def _rate(scheme: Scheme) -> float:
-    """Bits of codes per weight, scales and add-ons not counted."""
-    if scheme.trellis:
-        return scheme.trellis.tile_bits / math.prod(scheme.trellis.tile)
-    return scheme.bits / scheme.vector
 
 
 def _check_grid(scheme: Scheme) -> None:

@@ -117,6 +117,7 @@ class BitsAndBytesExporter(FolderExporter):
 
     format = "bitsandbytes"
     layouts = tuple(packer.layout for packer in PACKERS)
+    quantizers = ("kbit",)
 
     def variants(self) -> Mapping[str, Scheme]:
         """Return NF4 with the usual blocks of 64, and with double quantization."""

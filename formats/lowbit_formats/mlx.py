@@ -119,6 +119,10 @@ class MlxExporter(FolderExporter):
     format = "mlx"
     layouts = (PACKER.layout,)
 
+    def packs(self, name: str) -> bool:
+        """Take every name: MLX has quantized embeddings."""
+        return True
+
     def variants(self) -> Mapping[str, Scheme]:
         """Return ``4bit``, ``8bit`` and so on, with MLX's default groups of 64 and float16 scales."""
         return {f"{bits}bit": mlx_scheme(bits, 64) for bits in BITS}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,11 +25,14 @@ from lowbit_formats.safetensors_files import ShardedWriter
 from lowbit_formats.safetensors_header import why_not_storable
 
 STEM = "model"
+EMBEDDINGS = ("*embed*", "*wte.weight", "*wpe.weight")
+"""Names of weights that are looked up, not multiplied by."""
 
 
 class FolderExporter(Exporter):
     """Writes ``model*.safetensors``, ``config.json`` with a quantization_config, and the side files."""
 
+    quantizers = ("autoround",)
     config_copy: ClassVar[str | None] = None
     """A second file for the quantization_config, where loaders look for one."""
 
@@ -62,6 +66,10 @@ class FolderExporter(Exporter):
     def kept(self, packed: PackedTensor) -> Sequence[str]:
         """Name what a reader could not tell from the tensors: an integer zero that happens to be the midpoint everywhere."""
         return ()
+
+    def packs(self, name: str) -> bool:
+        """Refuse embeddings: loaders of these formats quantize linear layers only."""
+        return not any(fnmatchcase(name, pattern) for pattern in EMBEDDINGS)
 
     def loaders(self) -> Sequence[LoaderRule]:
         """Return the rules of the programs that load this format."""

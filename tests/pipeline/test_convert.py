@@ -54,7 +54,7 @@ def test_a_layout_that_the_format_stores_is_copied_byte_for_byte(registry, packe
 
 
 def test_packed_weights_can_be_quantized_again_when_asked(registry, packed_source, tmp_path):
-    recipe = Recipe(Rule("*", "round", {"bits": "2"}))
+    recipe = Recipe(Rule("*", "round", {"bits": "2"}), requantize=True)
     report = convert(packed_source, tmp_path / "out", Target("any"), registry, recipe)
     assert actions(report)[UP] is Action.QUANTIZE
     assert report.error.relative > 0.2
@@ -67,7 +67,7 @@ def test_a_variant_never_answers_a_different_question(registry, packed_source, t
     wider = convert(tmp_path / "three", tmp_path / "widened", Target("wide-only", "four"), registry)
     assert wider.error.exact
     assert wider.plan.entries[UP].scheme.bits == 4
-    with pytest.raises(NoRouteError, match=r"no exact way leads there.*give --quantizer"):
+    with pytest.raises(NoRouteError, match=r"no exact way leads there.*--allow-requantize"):
         convert(tmp_path / "five", tmp_path / "out", Target("wide-only", "four"), registry)
     with pytest.raises(OptionError, match="needs quantized weights and source has none"):
         convert(source, tmp_path / "out", Target("wide-only", "four"), registry)

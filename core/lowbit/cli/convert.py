@@ -49,12 +49,17 @@ SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     type=click.Path(path_type=Path),
     help="Importance matrix (llama.cpp's GGUF) for quantizers that use one.",
 )
+@click.option(
+    "--allow-requantize",
+    is_flag=True,
+    help="Choose new codes for what is quantized already: everything --quantizer takes, or what has no exact route.",
+)
 @click.option("--seed", type=int, help="Seed of a quantizer that draws random numbers.")
 @click.option(
     "--for", "loader", help="Refuse, before any work, what this program would not load (vllm, llama.cpp, ...)."
 )
 @click.option("--tp", type=int, default=1, show_default=True, help="Tensor-parallel degree for --for.")
-@click.option("--shard-size", default="5GB", show_default=True, help="Most bytes of tensors in one file.")
+@click.option("--shard-size", help="Most bytes of tensors in one file of a folder.  [default: 5GB]")
 @click.option(
     "--dry-run", is_flag=True, help="Print route, bits and bytes of every tensor and the predicted memory; do nothing."
 )
@@ -65,7 +70,8 @@ def convert_command(source: Path, destination: Path, as_json: bool, quiet: bool,
     """Convert SOURCE (a model folder, a .gguf or a .safetensors file) to DESTINATION.
 
     With --quantizer the weights of linear layers get new codes; embeddings, norms and lm_head are left alone unless a --rule
-    names them. Without it the codes move to the other format exactly, or the conversion is refused. The destination is
+    names them. Without it the codes move to the other format exactly, or the conversion is refused; --allow-requantize
+    chooses new codes where a weight is quantized already and the table says what that costs. The destination is
     reopened and compared before it appears; the table says "exact" or the measured error.
     """
     from lowbit.convert import execute, plan_conversion
@@ -89,19 +95,36 @@ def convert_command(source: Path, destination: Path, as_json: bool, quiet: bool,
         if dry_run:
             _show_plan(plan, as_json)
             return
+        shard_size = _shard_size(flags["shard_size"], plan, destination)
         with progress_bar(plan.source_nbytes + plan.nbytes, quiet or as_json) as advance:
 
             def progress(phase: str, step: Step) -> None:
                 entry = step.source if phase == "convert" else step.target
                 advance(entry.nbytes, f"{phase} {step.name}")
 
-            shard_size = parse_size(flags["shard_size"])
             overwrite = flags["overwrite"]
             report = execute(plan, checkpoint, destination, registry, calibration, overwrite, shard_size, progress)
+    if lost := report.plan.exporter.left_out(destination, report.plan.metadata):
+        click.echo(f"Warning: {destination} has no place for {', '.join(lost)}; a folder as destination has.", err=True)
     if as_json:
         print_json(_report_json(report, destination))
     elif not quiet:
         _show_report(report, destination)
+
+
+def _shard_size(text: str | None, plan: Plan, destination: Path) -> int:
+    """Return the bytes of tensors in one file; raise OptionError where the destination is one file and would hold more."""
+    from lowbit.interfaces import DEFAULT_SHARD_SIZE
+
+    if text is None:
+        return DEFAULT_SHARD_SIZE
+    size, suffix = parse_size(text), plan.exporter.suffix
+    if suffix and destination.suffix == suffix and plan.nbytes > size:
+        raise OptionError(
+            f"{destination} is one file and would hold {plan.nbytes:,} bytes, more than --shard-size {text}; give a folder, "
+            f"such as {destination.with_suffix('')}, for several files"
+        )
+    return size
 
 
 def parse_size(text: str) -> int:
@@ -128,8 +151,9 @@ def _recipe(flags: dict[str, Any]) -> Recipe:
     if flags["quantizer"] is None:
         if given or settings:
             raise OptionError(f"{min(given | settings)} is an option of a quantizer; name one with --quantizer")
-        return Recipe(None, parse_rules(flags["rules"]))
-    return Recipe(Rule("*", flags["quantizer"], {**given, **settings}), parse_rules(flags["rules"]))
+        return Recipe(None, parse_rules(flags["rules"]), flags["allow_requantize"])
+    default = Rule("*", flags["quantizer"], {**given, **settings})
+    return Recipe(default, parse_rules(flags["rules"]), flags["allow_requantize"])
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
