@@ -122,7 +122,7 @@ def execute(
                 report("convert", step)
 
     with staged(destination, overwrite) as temporary, ThreadPoolExecutor(1, "lowbit-hash") as hasher:
-        with closing(results()) as stream:
+        with closing(prefetch(results())) as stream:  # the next tensor is worked on while this one is written
             plan.exporter.write(temporary, plan.entries, stream, plan.metadata, shard_size)
         verify(temporary, plan, {name: done.result() for name, done in digests.items()}, registry, report)
     return Report(plan, tuple(outcomes))

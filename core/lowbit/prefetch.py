@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator, Iterable
-from contextlib import suppress
+from contextlib import closing, nullcontext, suppress
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -15,7 +15,7 @@ _END = object()
 def prefetch(items: Iterable[T], ahead: int = 1) -> Generator[T]:
     """Yield ``items``, at most ``ahead`` of them produced before they are asked for, in a thread.
 
-    An exception of the producer is raised here, in its place. Closing the generator stops the thread.
+    An exception of the producer is raised here, in its place. Closing the generator stops the thread, and closes ``items`` there.
     """
     line: queue.Queue[object] = queue.Queue(maxsize=ahead)
     stopped = threading.Event()
@@ -28,10 +28,11 @@ def prefetch(items: Iterable[T], ahead: int = 1) -> Generator[T]:
 
     def produce() -> None:
         try:
-            for item in items:
-                put(item)
-                if stopped.is_set():
-                    return
+            with closing(items) if isinstance(items, Generator) else nullcontext():
+                for item in items:
+                    put(item)
+                    if stopped.is_set():
+                        return
         except BaseException as error:  # noqa: BLE001  # handed to the consumer, which raises it
             put(_Failure(error))
         else:
