@@ -57,7 +57,7 @@ def load(
     need_transformers("lowbit.load")
     registry, place = registry or installed(), _device(device)
     with registry.open(Path(path)) as checkpoint:
-        config = _config(checkpoint.metadata, str(path))
+        config = model_config(checkpoint.metadata, str(path))
         dtype = dtype or _dtype(config, checkpoint)
         for name, entry in checkpoint.entries.items():
             if isinstance(entry, PackedSpec):
@@ -84,7 +84,7 @@ class Streaming:
         from lowbit.runtime.hf import LowbitConfig, register
 
         register()
-        model_class, quantization = _model_class(config), LowbitConfig()
+        model_class, quantization = find_model_class(config), LowbitConfig()
         quantization.streaming = self
         options = {"config": config, "state_dict": self.tensors, "dtype": self.dtype, "output_loading_info": True}
         with _quiet():
@@ -157,7 +157,7 @@ def _check_kernel(name: str, spec: PackedSpec, dtype: torch.dtype, device: torch
         raise CheckpointError(f"{name} has layout {spec.layout!r}, and no installed plugin unpacks it")
 
 
-def _config(metadata: Metadata, path: str) -> Any:
+def model_config(metadata: Metadata, path: str) -> Any:
     """Build transformers' config object from the checkpoint's."""
     from transformers import AutoConfig, __version__
 
@@ -172,7 +172,8 @@ def _config(metadata: Metadata, path: str) -> Any:
         ) from error
 
 
-def _model_class(config: Any) -> Any:
+def find_model_class(config: Any) -> Any:
+    """Return the class that the config names, or transformers' language model of its type; raise CheckpointError for none."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 

@@ -52,10 +52,10 @@ def make_slots(
     one. Packed weights of other modules (embeddings) stay as they are, to be dequantized.
     """
     packed = {name: entry for name, entry in entries.items() if isinstance(entry, PackedSpec)}
-    rename = _renamer(model)
+    rename = renamer(model)
     paths = {name: rename(name).removesuffix(".weight") for name in packed}
     dtype = _dtype(model)
-    _open_experts(model, paths.values())
+    open_experts(model, paths.values())
     linears = {}
     for name, path in paths.items():
         module = _module(model, path)
@@ -90,7 +90,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
-def _renamer(model: Any) -> Callable[[str], str]:
+def renamer(model: Any) -> Callable[[str], str]:
     """Return the function from a checkpoint's name to the model's: transformers' own renamings, and its base prefix."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
@@ -115,8 +115,8 @@ def _exists(model: nn.Module, path: str) -> bool:
     return _module(model, path) is not None or bool(experts and _module(model, experts["experts"]) is not None)
 
 
-def _open_experts(model: nn.Module, paths: Iterable[str]) -> None:
-    """Replace fused experts by containers where ``paths`` name single experts."""
+def open_experts(model: nn.Module, paths: Iterable[str]) -> None:
+    """Replace fused experts of ``model`` by containers of linears where ``paths`` name single experts."""
     matches = [match for path in paths if (match := EXPERT.fullmatch(path))]
     for owner in dict.fromkeys(match["experts"] for match in matches):
         fused = _module(model, owner)

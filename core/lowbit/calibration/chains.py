@@ -1,0 +1,66 @@
+"""Activations between blocks, for all samples: in memory, or in files that the system maps and may evict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class Chain:
+    """What all samples look like between two blocks, ``(samples, seqlen, hidden)``.
+
+    Args:
+        states: The activations, on the CPU.
+        file: Where they are mapped from, when they are not in memory.
+    """
+
+    def __init__(self, states: Tensor, file: Path | None = None) -> None:
+        self.states, self.file = states, file
+
+    @classmethod
+    def make(cls, shape: tuple[int, int, int], dtype: torch.dtype, file: Path | None = None) -> Chain:
+        """Return a chain of undefined activations, mapped from a new ``file`` when one is given."""
+        if file is None:
+            return cls(torch.empty(shape, dtype=dtype))
+        with file.open("xb") as made:
+            made.truncate(shape[0] * shape[1] * shape[2] * dtype.itemsize)
+        return cls.map(file, shape, dtype)
+
+    @classmethod
+    def map(cls, file: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> Chain:
+        """Return a chain whose activations are the bytes of ``file``; writing to it writes there."""
+        count = shape[0] * shape[1] * shape[2]
+        return cls(torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape), file)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(samples, seqlen, hidden)."""
+        samples, seqlen, hidden = self.states.shape
+        return samples, seqlen, hidden
+
+    def gather(self, index: Sequence[int], device: torch.device) -> Tensor:
+        """Return the activations of some samples on ``device``, as a copy."""
+        return self.states[list(index)].to(device)
+
+    def copy(self, file: Path | None = None) -> Chain:
+        """Return a chain of the same activations, mapped from a new ``file`` when one is given."""
+        twin = Chain.make(self.shape, self.states.dtype, file)
+        twin.states.copy_(self.states)
+        return twin
+
+    def advance(
+        self, run: Callable[[Tensor, range], Tensor], batch_size: int, device: torch.device, file: Path | None = None
+    ) -> Chain:
+        """Return the chain behind a block that ``run(hidden, samples)`` computes; in place, unless a new ``file`` is given.
+
+        A file that is committed must stay as it is until its successor is.
+        """
+        after = self if file is None else Chain.make(self.shape, self.states.dtype, file)
+        samples = len(self.states)
+        for start in range(0, samples, batch_size):
+            batch = range(start, min(start + batch_size, samples))
+            after.states[start : batch.stop] = run(self.states[start : batch.stop].to(device), batch).cpu()
+        return after

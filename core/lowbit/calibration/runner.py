@@ -1,0 +1,256 @@
+"""Runs the blocks of a model one after the other: each is filled, measured, quantized, run, and emptied again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.calibration.block import Block
+from lowbit.calibration.capture import Call, capture
+from lowbit.calibration.chains import Chain
+from lowbit.calibration.skeleton import Skeleton
+from lowbit.calibration.statistics import Statistics
+from lowbit.errors import SchemeError, WeightError
+from lowbit.grids import dequantize
+from lowbit.interfaces import Calibration, Checkpoint
+from lowbit.recipe import Choice
+from lowbit.registry import Registry
+from lowbit.tensors import QuantizedTensor
+
+Note = Callable[[str], None]
+
+
+class CapturedBlock(Block):
+    """A filled block and the two chains: the inputs of the quantized model, the outputs of the float one."""
+
+    def __init__(
+        self, name: str, module: nn.Module, linears: Mapping[str, str], chains: Chains, call: Call, note: Note
+    ) -> None:
+        self.name, self.module, self.linears, self._call, self._note = name, module, linears, call, note
+        assert chains.quantized is not None
+        self._inputs, self._targets, self._device = chains.quantized, chains.floating, chains.device
+        self.samples = len(self._inputs.states)
+
+    def inputs(self, index: Sequence[int]) -> Tensor:
+        """Return the quantized model's hidden states before the block."""
+        return self._inputs.gather(index, self._device)
+
+    def targets(self, index: Sequence[int]) -> Tensor:
+        """Return the float model's hidden states behind the block."""
+        return self._targets.gather(index, self._device)
+
+    def mask(self, index: Sequence[int]) -> Tensor:
+        """Every token counts: samples are cut from running text, none is padded."""
+        return torch.ones(len(index), self._inputs.shape[1], dtype=torch.bool, device=self._device)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Run the module as the model does."""
+        return self._call.run(self.module, hidden)
+
+    def log(self, text: str) -> None:
+        """Show a line, with the block's name before it."""
+        self._note(f"{self.name}: {text}")
+
+
+@dataclass(slots=True)
+class Chains:
+    """The activations that are carried from block to block.
+
+    Attributes:
+        floating: Of the float model.
+        quantized: Of the quantized model; None when no quantizer asks for block inputs.
+        device: Where blocks run.
+        folder: Where activations are kept when not in memory.
+    """
+
+    floating: Chain
+    quantized: Chain | None
+    device: torch.device
+    folder: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A block that is done: codes and float weights, on the CPU, by tensor name, and the relative error of its output."""
+
+    name: str
+    quantized: Mapping[str, QuantizedTensor]
+    weights: Mapping[str, Tensor]
+    calibration: Mapping[str, Calibration]
+    error: float | None = None
+
+
+@dataclass(slots=True)
+class BlockRunner:
+    """Quantizes the linears of decoder blocks with what ``choices`` say, in the order of the blocks.
+
+    Attributes:
+        skeleton: The model.
+        choices: By tensor name; tensors outside of blocks are not looked at.
+        tokens: Calibration samples, int64 (samples, seqlen).
+        batch_size: Samples that run through a block at once.
+        gather: Statistics to gather for every chosen weight, a subset of ``importance``, ``hessian``, beside what its
+            quantizer needs.
+        folder: Where activations are kept when memory shall not hold them.
+        note: Is told a line about each block.
+    """
+
+    skeleton: Skeleton
+    choices: Mapping[str, Choice]
+    tokens: Tensor
+    batch_size: int = 8
+    gather: frozenset[str] = frozenset()
+    known: Mapping[str, Calibration] = field(default_factory=dict)
+    folder: Path | None = None
+    note: Note = lambda text: None
+
+    def run(self) -> Iterator[Finished]:
+        """Yield every block when it is done."""
+        floating, calls = capture(self.skeleton, self.tokens, self.batch_size, self._file("float", 0))
+        carries = any("block_inputs" in self._needs(name) for name in self.choices)
+        quantized = floating.copy(self._file("quantized", 0)) if carries else None
+        chains = Chains(floating, quantized, self.skeleton.device)
+        for number, name in enumerate(self.skeleton.blocks):
+            yield self._block(number, name, chains, calls[name])
+
+    def _block(self, number: int, name: str, chains: Chains, call: Call) -> Finished:
+        linears = {weight: path for weight, path in self.skeleton.linears(name).items() if weight in self.choices}
+        with self.skeleton.filled(name) as module:
+            measured = self._measure(number, module, linears, chains, call)
+            weights = {weight: self.skeleton.source_weight(weight) for weight in linears}
+            found = self._quantize(name, module, linears, weights, measured, chains, call)
+            error = self._carry(number, module, linears, found, chains, call)
+        quantized = {weight: _to_cpu(found[weight]) for weight in linears}
+        return Finished(name, quantized, weights, measured, error)
+
+    def _measure(
+        self, number: int, module: nn.Module, linears: Mapping[str, str], chains: Chains, call: Call
+    ) -> dict[str, Calibration]:
+        """Advance the float chain, and gather statistics of the float model's activations on the way."""
+        hessian = frozenset(name for name in linears if "hessian" in self._wanted(name))
+        measured = {name: path for name, path in linears.items() if self._wanted(name) & {"importance", "hessian"}}
+        statistics = Statistics(module, measured, hessian)
+        with statistics.gathering(), torch.no_grad():
+            chains.floating = chains.floating.advance(
+                lambda hidden, _: call.run(module, hidden),
+                self.batch_size,
+                chains.device,
+                self._file("float", number + 1),
+            )
+        return {**statistics.results(self.note), **{name: self.known[name] for name in linears if name in self.known}}
+
+    def _quantize(
+        self,
+        name: str,
+        module: nn.Module,
+        linears: Mapping[str, str],
+        weights: Mapping[str, Tensor],
+        measured: Mapping[str, Calibration],
+        chains: Chains,
+        call: Call,
+    ) -> dict[str, QuantizedTensor]:
+        found: dict[str, QuantizedTensor] = {}
+        for names in _by_quantizer({name: self.choices[name] for name in linears}):
+            quantizer = self.choices[names[0]].quantizer
+            block = None
+            if any("block_inputs" in self._needs(weight) for weight in names):
+                own = {weight: linears[weight] for weight in names}
+                block = CapturedBlock(name, module, own, chains, call, self.note)
+            placed = {weight: weights[weight].to(chains.device) for weight in names}
+            options = {weight: self.choices[weight].options for weight in names}
+            try:
+                found |= quantizer.quantize_block(placed, options, measured, block)
+            except (WeightError, SchemeError) as error:
+                raise type(error)(f"{name}: {error}") from error
+        return found
+
+    def _carry(
+        self,
+        number: int,
+        module: nn.Module,
+        linears: Mapping[str, str],
+        found: Mapping[str, QuantizedTensor],
+        chains: Chains,
+        call: Call,
+    ) -> float | None:
+        """Advance the quantized chain through the block with its new weights; return its distance from the float chain."""
+        if chains.quantized is None:
+            return None
+        for name, path in linears.items():
+            linear = module.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            linear.weight = nn.Parameter(dequantize(found[name]).to(linear.weight), requires_grad=False)
+        squared, reference = torch.zeros(2, dtype=torch.float64)
+
+        def run(hidden: Tensor, samples: range) -> Tensor:
+            nonlocal squared, reference
+            result = call.run(module, hidden)
+            target = chains.floating.gather(samples, chains.device).float()
+            squared += (result.float() - target).square().sum(dtype=torch.float64).cpu()
+            reference += target.square().sum(dtype=torch.float64).cpu()
+            return result
+
+        with torch.no_grad():
+            file = self._file("quantized", number + 1)
+            chains.quantized = chains.quantized.advance(run, self.batch_size, chains.device, file)
+        return float((squared / reference).sqrt())
+
+    def _needs(self, name: str) -> frozenset[str]:
+        choice = self.choices[name]
+        return choice.quantizer.needs_for(choice.options)
+
+    def _wanted(self, name: str) -> frozenset[str]:
+        known = self.known.get(name, Calibration())
+        has = {what for what in ("importance", "hessian") if getattr(known, what) is not None}
+        return (self._needs(name) | self.gather) - has
+
+    def _file(self, chain: str, number: int) -> Path | None:
+        return self.folder / f"{chain}-{number}.bin" if self.folder else None
+
+
+def run_blocks(
+    checkpoint: Checkpoint,
+    choices: Mapping[str, Choice],
+    tokens: Tensor,
+    registry: Registry,
+    *,
+    batch_size: int = 8,
+    device: str = "cpu",
+    note: Note = lambda text: None,
+) -> Iterator[Finished]:
+    """Yield every decoder block of an open checkpoint, quantized; ``BlockRunner`` with its defaults.
+
+    Args:
+        checkpoint: Of any format; packed weights are dequantized.
+        choices: By tensor name, as ``Recipe.choose`` returns them.
+        tokens: int64 (samples, seqlen).
+        registry: Components.
+        batch_size: Samples that run through a block at once.
+        device: Where blocks run: in float32 on a CPU, else in bfloat16.
+        note: Is told a line about each block.
+    """
+    place = torch.device(device)
+    skeleton = Skeleton(checkpoint, registry, place, compute_dtype(place))
+    yield from BlockRunner(skeleton, choices, tokens, batch_size, note=note).run()
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which blocks run: float32 on a CPU; bfloat16 elsewhere, which has float32's range."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _by_quantizer(choices: Mapping[str, Choice]) -> list[list[str]]:
+    """Return names that share a quantizer, together."""
+    groups: dict[str, list[str]] = {}
+    for name, choice in choices.items():
+        groups.setdefault(choice.quantizer.name, []).append(name)
+    return list(groups.values())
+
+
+def _to_cpu(quantized: QuantizedTensor) -> QuantizedTensor:
+    parts = {name: part.cpu() for name, part in quantized.parts.items()}
+    return QuantizedTensor(quantized.scheme, quantized.shape, parts)
