@@ -177,5 +177,5 @@ def test_infinite_activations_name_the_layer():
 def test_float32_sums_are_checked_against_float64():
     sums = InputSums(2, True, CPU)
     sums.add(10, torch.ones(2, dtype=torch.float64), 1.01 * torch.eye(2))
-    with pytest.raises(WeightError, match="differ by 1.0e-02 from float64"):
+    with pytest.raises(WeightError, match=r"differ by 1\.0e-02 from float64"):
         sums.result("a.weight")

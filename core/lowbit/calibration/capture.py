@@ -50,7 +50,7 @@ def capture(
     return chain, calls
 
 
-class _Enough(Exception):  # noqa: N818  # no error: the forward pass has shown what was wanted
+class _Enough(Exception):  # no error: the forward pass has shown what was wanted
     """Ends a forward pass."""
 
 
