@@ -301,16 +301,46 @@ class Exporter(ABC):
         """Return names of variants that give each tensor a scheme of its own, such as ``q4_k_m``; the default has none."""
         return ()
 
-    def mix(self, name: str, entries: Mapping[str, Entry], metadata: Metadata) -> Mapping[str, Scheme]:
-        """Return the scheme of every tensor that the mix quantizes; tensors left out stay unquantized."""
+    def mix(
+        self, name: str, entries: Mapping[str, Entry], metadata: Metadata, calibrated: bool = False
+    ) -> Mapping[str, Scheme]:
+        """Return the scheme of every tensor that the mix quantizes; tensors left out stay unquantized.
+
+        ``calibrated`` says that the importance of columns was measured.
+        """
         raise KeyError(name)
+
+    def preferred(self, variant: str) -> Sequence[str]:
+        """Return the layouts to try before the others when the variant or mix is asked for.
+
+        Only where two layouts hold one scheme can the name say more than the scheme; the default has no preference.
+        """
+        return ()
+
+    def why_no_variant(self, name: str) -> str | None:
+        """Return why a variant of this name, which others may know, is none here; None when it is no known name."""
+        return None
 
     def loaders(self) -> Sequence[LoaderRule]:
         """Return the rules of the programs that load this format, for ``--for LOADER``; the default knows none."""
         return ()
 
+    def write_calibration(
+        self, path: Path, measured: Mapping[str, Calibration], checkpoint: Checkpoint, tokens: int, source: str = ""
+    ) -> None:
+        """Write what was measured for the weights of ``checkpoint``, so that ``Importer.calibration`` reads it again.
+
+        ``tokens`` is how many tokens were measured, ``source`` names their text. Raises CheckpointError, naming tensor and
+        value, for what the file cannot hold, OutputError when it cannot be written.
+        """
+        raise NotImplementedError(f"format {self.format!r} has no calibration files")
+
     def check(self, entries: Mapping[str, Entry], metadata: Metadata) -> None:
         """Raise NoRouteError or CheckpointError, before any work, when the checkpoint as a whole cannot be written."""
+
+    def left_out(self, destination: Path, metadata: Metadata) -> Sequence[str]:
+        """Return the names of side files for which what is written to ``destination`` has no place; the default has for all."""
+        return ()
 
     def plain(self, name: str, spec: TensorSpec) -> TensorSpec:
         """Return how an unquantized tensor will be stored; the default keeps it as it is."""

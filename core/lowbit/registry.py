@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from lowbit.errors import CheckpointError, DuplicateComponentError, NoRouteError, PluginError, UnknownComponentError
+from lowbit.errors import (
+    CheckpointError,
+    DuplicateComponentError,
+    NoRouteError,
+    OptionError,
+    PluginError,
+    UnknownComponentError,
+)
 from lowbit.interfaces import Calibration, Checkpoint, Exporter, Importer, Kernel, MatmulProblem, Packer, Quantizer
 from lowbit.scheme import Scheme
 
@@ -117,10 +124,26 @@ class Registry:
                 return found
         raise CheckpointError(f"{path} holds no importance matrix that an installed format can read")
 
-    def route(self, scheme: Scheme, shape: tuple[int, int], format: str) -> Route:
-        """Return how ``format`` stores weights of this scheme and shape; raise NoRouteError with every refusal."""
+    def write_calibration(
+        self, path: Path, measured: Mapping[str, Calibration], checkpoint: Checkpoint, tokens: int, source: str = ""
+    ) -> None:
+        """Write a calibration file with the installed format whose suffix ``path`` has; see ``Exporter.write_calibration``.
+
+        Raises OptionError when no installed format writes calibration files of this suffix.
+        """
+        writers = {exporter.calibration_suffix: exporter for exporter in self.exporters.values()}
+        suffixes = ", ".join(sorted(suffix for suffix in writers if suffix)) or "none"
+        if not path.suffix or path.suffix not in writers:
+            raise OptionError(f"{path} names no kind of calibration file; installed formats write {suffixes}")
+        writers[path.suffix].write_calibration(path, measured, checkpoint, tokens, source)
+
+    def route(self, scheme: Scheme, shape: tuple[int, int], format: str, preferred: Sequence[str] = ()) -> Route:
+        """Return how ``format`` stores weights of this scheme and shape; raise NoRouteError with every refusal.
+
+        ``preferred`` layouts are tried first; the order of the others is the format's.
+        """
         exporter = self.exporters[format]
-        reasons = self._refusals(exporter, scheme, shape)
+        reasons = self._refusals(exporter, scheme, shape, preferred)
         if isinstance(reasons, Route):
             return reasons
         able = self.formats_for(scheme, shape)
@@ -138,7 +161,9 @@ class Registry:
         """Return the route by which ``format`` stores such a weight, or the refusals by who refused."""
         return self._refusals(self.exporters[format], scheme, shape)
 
-    def _refusals(self, exporter: Exporter, scheme: Scheme, shape: tuple[int, int]) -> Route | dict[str, str]:
+    def _refusals(
+        self, exporter: Exporter, scheme: Scheme, shape: tuple[int, int], preferred: Sequence[str] = ()
+    ) -> Route | dict[str, str]:
         if reason := exporter.why_not(scheme, shape):
             return {exporter.format: reason}
         if exporter.layouts == ():
@@ -147,6 +172,7 @@ class Registry:
         packers = (
             self.packers.by_priority() if exporter.layouts is None else [self.packers[x] for x in exporter.layouts]
         )
+        packers.sort(key=lambda packer: packer.layout not in preferred)
         for packer in packers:
             reason = packer.why_not(scheme, shape)
             if reason is None:

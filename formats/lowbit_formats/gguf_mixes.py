@@ -134,6 +134,23 @@ NAMES: tuple[str, ...] = (*_MIXES, *_ALIASES)
 """Every file type by its llama.cpp name in lower case; q3_k, q4_k and q5_k are llama.cpp's short names for the M mixes."""
 
 
+_NO_SEARCH = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m", "iq4_xs")
+_FLOATS = ("f16", "f32", "bf16")
+
+
+def why_not(name: str) -> str | None:
+    """Return why a file type or type of llama.cpp is not written here; None for a name that llama.cpp does not have either."""
+    if name in _FLOATS:
+        return "floats are no variant; leave it out and give --dtype float16, float32 or bfloat16"
+    if name in _NO_SEARCH:
+        return f"{name.upper()} is read here, and no quantizer here makes it; IQ4_NL and the K types are the nearest"
+    if name == "nvfp4":
+        return "NVFP4 keeps a scale for the whole tensor beside it, which is neither read nor written here; MXFP4 is the nearest"
+    if name in ("mxfp4_moe", "q8_1", "q8_k"):
+        return "this lowbit writes dense models, so mxfp4" if name == "mxfp4_moe" else "it is a type of activations"
+    return None
+
+
 def id_of(name: str) -> int:
     """Return the ``general.file_type`` of a file type; KeyError for a name that is none of ``NAMES``."""
     return _MIXES[_ALIASES.get(name, name)].file_type

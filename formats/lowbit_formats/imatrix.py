@@ -110,6 +110,28 @@ def calibration(path: Path, checkpoint: Checkpoint) -> dict[str, Calibration] | 
     return measured
 
 
+def write_calibration(
+    path: Path, measured: Mapping[str, Calibration], checkpoint: Checkpoint, tokens: int, source: str = ""
+) -> None:
+    """Write the importances among what was measured for the matrices of a checkpoint; see ``write_imatrix``.
+
+    Raises CheckpointError when nothing has an importance, for one of another length than its matrix has columns, and for a
+    tensor that the checkpoint does not have.
+    """
+    importance = {name: found.importance for name, found in measured.items() if found.importance is not None}
+    if not importance:
+        raise CheckpointError(f"nothing was measured that {path} could hold: no weight has an importance")
+    for name, values in importance.items():
+        entry = checkpoint.entries.get(name)
+        if entry is None or not is_matrix(entry):
+            raise CheckpointError(f"{path} cannot hold {name}: {checkpoint.path.name} has no such matrix")
+        if values.shape != (entry.shape[1],):
+            raise CheckpointError(
+                f"the importance of {name} is of shape {tuple(values.shape)}, and the matrix has {entry.shape[1]} columns"
+            )
+    write_imatrix(path, importance, checkpoint.metadata, tokens, (source,) if source else ())
+
+
 def write_imatrix(
     path: Path,
     importance: Mapping[str, Tensor],
@@ -124,18 +146,25 @@ def write_imatrix(
         path: The file, which must not exist.
         importance: By Hugging Face name, the mean of x squared for each column.
         metadata: The model's, whose ``model_type`` tells ggml's names.
-        tokens: How many tokens were measured.
+        tokens: How many tokens were measured, at least one.
         datasets: Names of the texts that were run.
         chunk_size: Tokens of a chunk.
 
-    Raises CheckpointError for a tensor without a name in ggml, OutputError when the file cannot be written.
+    llama.cpp divides the sums by the counts again, so a mean comes back within a rounding of float32. Raises CheckpointError
+    for a tensor without a name in ggml and for values that are no mean squares, OutputError when the file cannot be written.
     """
+    if not 1 <= tokens < 1 << 24:
+        raise CheckpointError(f"an importance matrix counts 1 to {(1 << 24) - 1:,} tokens in float32, got {tokens:,}")
     architecture, blocks = _architecture(path, metadata), metadata.config["num_hidden_layers"]
     named = {}
     for name, values in importance.items():
         ggml_name = architecture.ggml_name(name, blocks)
         if ggml_name is None:
             raise CheckpointError(f"{path} cannot hold {name}: a {architecture.name} model has no such tensor in ggml")
+        if not bool(((values >= 0) & torch.isfinite(values)).all()):
+            raise CheckpointError(
+                f"{path} cannot hold the importance of {name}: one is {_worst(values):g}, which is no mean square"
+            )
         named[ggml_name] = values
     tensors: dict[str, Tensor] = {}
     for ggml_name, values in sorted(named.items()):
@@ -147,10 +176,15 @@ def write_imatrix(
         u32(CHUNKS, -(-tokens // chunk_size)),
         u32(CHUNK_SIZE, chunk_size),
     ]
-    with staged(path) as temporary, temporary.open("xb") as file:
-        target = TensorFile(file, keys, [Slot(name, TYPES["F32"], tuple(t.shape)) for name, t in tensors.items()])
+    with staged(path) as temporary:
+        target = TensorFile(temporary, keys, [Slot(name, TYPES["F32"], tuple(t.shape)) for name, t in tensors.items()])
         for name, values in tensors.items():
             target.put(name, values)
+
+
+def _worst(values: Tensor) -> float:
+    """Return the first value that is negative, NaN or infinite."""
+    return float(values[~((values >= 0) & torch.isfinite(values))][0])
 
 
 def _architecture(path: Path, metadata: Metadata) -> Architecture:

@@ -182,13 +182,9 @@ def test_every_layout_and_variant_is_its_own(gguf_models):
     assert set(exporter.layouts) == {packer.layout for packer in PACKERS}
     assert {"q8_0", "q4_0", "q4_1", "q5_0", "q5_1"} <= exporter.variants().keys()
     for name, scheme in exporter.variants().items():
-        first = next(
-            packer
-            for layout in exporter.layouts
-            for packer in PACKERS
-            if packer.layout == layout and packer.scheme == scheme
-        )
-        assert first.type.name == name.upper()
+        (layout,) = exporter.preferred(name)
+        packer = BY_TYPE[name.upper()]
+        assert (packer.layout, packer.scheme) == (layout, scheme)
 
 
 def refusal(values, metadata):

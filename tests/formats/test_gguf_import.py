@@ -239,10 +239,10 @@ def test_phi3_long_rope(gguf_models, tmp_path):
 
 
 def test_provenance_keeps_what_people_wrote(gguf_models, tmp_path):
-    keys = {"general.name": "Tiny", "general.license": "mit", "lowbit.quantizer": "kbit", "general.rank": 3}
+    keys = {"general.name": "Tiny", "general.author": "Ann", "lowbit.quantizer": "kbit", "general.rank": 3}
     with opened(gguf_models, tmp_path, keys=keys) as checkpoint:
         provenance = checkpoint.metadata.provenance
-    assert provenance == {"general.name": "Tiny", "general.license": "mit", "quantizer": "kbit"}
+    assert provenance == {"general.name": "Tiny", "general.author": "Ann", "quantizer": "kbit"}
 
 
 @pytest.mark.parametrize(

@@ -124,3 +124,21 @@ def test_short_names_are_llama_cpps():
 def test_models_that_gguf_cannot_hold_are_refused_by_name():
     with pytest.raises(CheckpointError, match="'rwkv' model"):
         gguf_mixes.mix("q4_0", entries(), Metadata({**CONFIG, "model_type": "rwkv"}))
+
+
+@pytest.mark.parametrize("name", ["iq2_xs", "iq4_xs", "f16", "nvfp4", "mxfp4_moe", "q8_k"])
+def test_file_types_that_are_not_written_say_what_is_missing(name):
+    reason = gguf_mixes.why_not(name)
+    assert reason
+    assert "\n" not in reason
+    assert GgufExporter().why_no_variant(name) == reason
+
+
+def test_names_that_nobody_knows_get_no_reason():
+    assert gguf_mixes.why_not("q9_k") is None
+
+
+@pytest.mark.parametrize("name", ["tq1_0", "tq2_0"])
+def test_a_name_means_its_own_layout(name):
+    """Both layouts hold one scheme; the tensors that fall back or get another type have the layout of theirs."""
+    assert list(GgufExporter().preferred(name)) == [f"gguf-{name}"]

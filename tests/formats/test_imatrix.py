@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lowbit.errors import CheckpointError
-from lowbit.interfaces import Metadata
+from lowbit.interfaces import Calibration, Metadata
 from lowbit.parts import TensorSpec
 from lowbit_formats import imatrix
-from lowbit_formats.gguf import GgufImporter
+from lowbit_formats.gguf import GgufExporter, GgufImporter
 
 METADATA = Metadata({"model_type": "llama", "num_hidden_layers": 1})
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
@@ -163,4 +163,43 @@ def test_impossible_entries_are_refused(tmp_path, entry):
 def test_names_without_a_place_in_ggml_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"cannot hold model\.vision\.weight"):
         imatrix.write_imatrix(tmp_path / "i.gguf", {"model.vision.weight": torch.ones(4)}, METADATA, tokens=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def measured(**changes):
+    values = {UP: IMPORTANCE[UP], DOWN: IMPORTANCE[DOWN], **changes}
+    return {name: Calibration(importance=importance) for name, importance in values.items()}
+
+
+def test_the_exporter_writes_what_the_importer_reads(tmp_path):
+    """The mean is stored as a sum: it comes back within one rounding of float32, and exactly for a power of two."""
+    for tokens in (4096, 1000):
+        path, opened = tmp_path / f"{tokens}.gguf", checkpoint(tmp_path / "model")
+        values = {UP: torch.rand(4), DOWN: torch.rand(8)}
+        GgufExporter().write_calibration(path, measured(**values), opened, tokens, "wiki.txt")
+        found = GgufImporter().calibration(path, opened)
+        for name, value in values.items():
+            assert torch.allclose(found[name].importance, value, rtol=0 if tokens == 4096 else 2.0**-23, atol=0), name
+        again = imatrix.read_imatrix(path)
+        assert (again.tokens, again.datasets) == (tokens, ("wiki.txt",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens", "sentence"),
+    [
+        (
+            {UP: torch.ones(5)},
+            8,
+            r"importance of model\.layers\.0\.mlp\.up_proj\.weight is of shape \(5,\), .* 4 columns",
+        ),
+        ({"model.norm.weight": torch.ones(4)}, 8, r"cannot hold model\.norm\.weight: .* no such matrix"),
+        ({UP: torch.tensor([1.0, -2.0, 1.0, 1.0])}, 8, r"up_proj\.weight: one is -2"),
+        ({UP: torch.tensor([1.0, float("nan"), 1.0, 1.0])}, 8, r"up_proj\.weight: one is nan"),
+        ({}, 0, "got 0"),
+        ({UP: None, DOWN: None}, 8, "no weight has an importance"),
+    ],
+)
+def test_measurements_that_are_refused(tmp_path, changes, tokens, sentence):
+    with pytest.raises(CheckpointError, match=sentence):
+        GgufExporter().write_calibration(tmp_path / "i.gguf", measured(**changes), checkpoint(tmp_path), tokens)
     assert list(tmp_path.iterdir()) == []

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, WeightError
-from lowbit.interfaces import DEFAULT_SHARD_SIZE, Entry, Exporter, Metadata, Value
+from lowbit.interfaces import DEFAULT_SHARD_SIZE, Calibration, Checkpoint, Entry, Exporter, Metadata, Value
 from lowbit.loaders import LoaderRule
 from lowbit.parts import TensorSpec
 from lowbit.scheme import Scheme
-from lowbit.staging import staged
+from lowbit.staging import final_place, staged
 from lowbit.tensors import PackedSpec, PackedTensor
-from lowbit_formats import gguf_mixes
-from lowbit_formats.gguf import config, rope, tokenizer_json, vocabulary
+from lowbit_formats import gguf_mixes, imatrix
+from lowbit_formats.gguf import config, model_card, rope, tokenizer_json, vocabulary
 from lowbit_formats.gguf.architectures import (
     BY_MODEL_TYPE,
     EXACT_NORMS,
@@ -32,9 +32,10 @@ from lowbit_formats.gguf.architectures import (
 from lowbit_formats.gguf.block_types import FILE_TYPES, FLOAT_TYPES, FLOATS, TYPES
 from lowbit_formats.gguf.keys import Key, encode, text, u32
 from lowbit_formats.gguf.layouts import BY_LAYOUT, BY_TYPE
-from lowbit_formats.gguf.writer import Slot, TensorFile
+from lowbit_formats.gguf.parts import SUFFIX, ModelFiles, divided, part_name
+from lowbit_formats.gguf.writer import Slot
 from lowbit_formats.loader_table import loader_rules
-from lowbit_formats.output_folder import announced
+from lowbit_formats.output_folder import announced, check_side_files, copy_side_files
 
 # TQ1_0 and TQ2_0 hold one scheme: TQ2_0, which computes faster, takes 2.06 bits a weight where TQ1_0 takes 1.69.
 _PREFERRED: tuple[str, ...] = (
@@ -52,6 +53,9 @@ _PREFERRED: tuple[str, ...] = (
     "Q6_K",
 )
 _PREFERRED += ("TQ2_0", "TQ1_0", "MXFP4", "IQ4_NL")
+_TOLD = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TOLD += ("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
+_TOLD += (model_card.CARD, model_card.GENERATION)
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 
 
@@ -70,26 +74,38 @@ class _Plan:
 
 
 class GgufExporter(Exporter):
-    """Writes one ``.gguf`` file of any size: ``shard_size`` is for formats whose readers expect parts.
+    """Writes one ``.gguf`` file of any size or, where the destination has another name, a folder.
 
-    Norms, biases and everything else of one dimension is stored as float32; other floats keep their dtype.
+    A folder holds files of at most ``shard_size`` bytes of tensors, named as llama.cpp splits models, and the side files, for
+    which a single file has no place. Norms, biases and everything else of one dimension is stored as float32; other floats keep their dtype.
     """
 
     format = "gguf"
     layouts = tuple(BY_TYPE[name].layout for name in _PREFERRED)
-    suffix = ".gguf"
+    suffix = calibration_suffix = SUFFIX
+    quantizers = ("ggml",)
 
     def variants(self) -> Mapping[str, Scheme]:
         """Return the schemes of ``gguf:q8_0``, ``gguf:q4_0`` and so on: of every type with blocks."""
-        return {name.lower(): BY_TYPE[name].scheme for name in _PREFERRED if name != "TQ1_0"}
+        return {name.lower(): BY_TYPE[name].scheme for name in _PREFERRED}
 
     def mixes(self) -> Sequence[str]:
         """Return the file types of llama.cpp: ``gguf:q4_k_m`` gives each tensor the type that llama-quantize would."""
         return gguf_mixes.NAMES
 
-    def mix(self, name: str, entries: Mapping[str, Entry], metadata: Metadata) -> Mapping[str, Scheme]:
+    def mix(
+        self, name: str, entries: Mapping[str, Entry], metadata: Metadata, calibrated: bool = False
+    ) -> Mapping[str, Scheme]:
         """Return the scheme of every tensor that the file type quantizes."""
-        return gguf_mixes.mix(name, entries, metadata)
+        return gguf_mixes.mix(name, entries, metadata, calibrated)
+
+    def preferred(self, variant: str) -> Sequence[str]:
+        """Return the variant's own layout: TQ1_0 and TQ2_0 hold one scheme, and each name means its own bytes."""
+        return [BY_TYPE[variant.upper()].layout] if variant.upper() in BY_TYPE else []
+
+    def why_no_variant(self, name: str) -> str | None:
+        """Say what is missing for the other types and file types of llama.cpp."""
+        return gguf_mixes.why_not(name)
 
     def loaders(self) -> Sequence[LoaderRule]:
         """Return what llama.cpp and others load."""
@@ -100,6 +116,12 @@ class GgufExporter(Exporter):
         if len(spec.shape) == 1 and spec.dtype in FLOAT_TYPES:
             return TensorSpec(torch.float32, spec.shape)
         return spec
+
+    def write_calibration(
+        self, path: Path, measured: Mapping[str, Calibration], checkpoint: Checkpoint, tokens: int, source: str = ""
+    ) -> None:
+        """Write llama.cpp's importance matrix; see ``imatrix.write_calibration``."""
+        imatrix.write_calibration(path, measured, checkpoint, tokens, source)
 
     def check(self, entries: Mapping[str, Entry], metadata: Metadata) -> None:
         """Raise CheckpointError, naming what is wrong, for a model, tensor or tokenizer that GGUF cannot tell."""
@@ -114,9 +136,17 @@ class GgufExporter(Exporter):
         shard_size: int = DEFAULT_SHARD_SIZE,
     ) -> None:
         """Write the file; raises what ``check`` raises, WeightError for scales that are not finite, OutputError."""
-        plan = _plan(entries, metadata)
-        with staged(path) as temporary, temporary.open("xb") as file:
-            target = TensorFile(file, plan.keys, plan.slots)
+        plan, final = _plan(entries, metadata), final_place(path)
+        single = final.suffix == SUFFIX
+        parts = [list(plan.slots)] if single else divided(plan.slots, shard_size)
+        if not single:
+            check_side_files(metadata.side_files, final.name, own=frozenset())
+        with staged(path) as temporary:
+            if not single:
+                temporary.mkdir()
+                copy_side_files(temporary, metadata.side_files)
+            names = [part_name(final.name, index, len(parts)) for index in range(len(parts))]
+            target = ModelFiles([temporary] if single else [temporary / name for name in names], plan.keys, parts)
             for name, values in plan.extra.items():
                 target.put(name, values)
             for name, value in announced(entries, stream):
@@ -124,6 +154,12 @@ class GgufExporter(Exporter):
                 if name in plan.norms:
                     assert isinstance(value, Tensor)
                     target.amend(EXACT_NORMS, plan.norms[name], value)
+
+    def left_out(self, destination: Path, metadata: Metadata) -> Sequence[str]:
+        """Return the side files that a single file has no place for; the fields of a model card are in its keys."""
+        if destination.suffix != SUFFIX:
+            return ()
+        return [file.name for file in metadata.side_files if file.name not in _TOLD]
 
 
 def _plan(entries: Mapping[str, Entry], metadata: Metadata) -> _Plan:
@@ -203,7 +239,11 @@ def _keys(architecture: Architecture, slots: Iterable[Slot], metadata: Metadata,
     for slot in slots:
         if len(slot.shape) == 2:
             weights[slot.type.name] += prod(slot.shape)
-    keys = [text("general.architecture", architecture.name), text("general.type", "model")]
+    keys = [
+        text("general.architecture", architecture.name),
+        text("general.type", "model"),
+        *model_card.to_keys(metadata),
+    ]
     own = {key.name for key in keys}
     for name, value in metadata.provenance.items():
         full = name if name.startswith("general.") else f"lowbit.{name}"

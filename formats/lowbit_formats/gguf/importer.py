@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,26 +16,31 @@ from lowbit.interfaces import Calibration, Checkpoint, Entry, Importer, Metadata
 from lowbit.parts import TensorSpec
 from lowbit.tensors import PackedSpec, PackedTensor, bit_equal
 from lowbit_formats import imatrix
-from lowbit_formats.gguf import config, rope, tokenizer_files, vocabulary
+from lowbit_formats.checkpoint_folder import resolve_inside, side_files
+from lowbit_formats.gguf import config, model_card, rope, tokenizer_files, vocabulary
 from lowbit_formats.gguf.architectures import EXACT_NORMS, Architecture, check_heads, deinterleave, stored_norm
 from lowbit_formats.gguf.block_types import DEQUANTIZED, FLOATS, BlockType
-from lowbit_formats.gguf.header import MAGIC, Header, TensorInfo, read_header
+from lowbit_formats.gguf.header import MAGIC, Header, TensorInfo
 from lowbit_formats.gguf.keys import Keys
 from lowbit_formats.gguf.layouts import BY_TYPE
+from lowbit_formats.gguf.parts import first_file, read_parts
 
-_PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
 _KEPT = "general."
 _OWN = "lowbit."
 
 
 class GgufImporter(Importer):
-    """Reads a ``.gguf`` file, or a model split over several when the first is opened."""
+    """Reads a ``.gguf`` file, a model split over several when the first is opened, or a folder with one such model."""
 
     format = "gguf"
     priority = 10
 
     def why_not(self, path: Path) -> str | None:
-        """Refuse what does not start with the four bytes ``GGUF``."""
+        """Refuse what does not start with the four bytes ``GGUF``, and folders without exactly one model."""
+        try:
+            path = first_file(path) if path.is_dir() else path
+        except CheckpointError as error:
+            return str(error)
         if not path.is_file():
             return f"{path.name} is no file"
         try:
@@ -47,7 +51,13 @@ class GgufImporter(Importer):
         return None if start == MAGIC else f"{path.name} starts with {start!r}, not with {MAGIC!r}"
 
     def open(self, path: Path) -> Checkpoint:
-        """Read the header of every part, rename and check all of it; raises CheckpointError."""
+        """Read the header of every part, rename and check all of it; raises CheckpointError.
+
+        The other files of a folder are side files, and stand in place of those that are rebuilt from the keys.
+        """
+        if path.is_dir():
+            first = resolve_inside(path, first_file(path).name)
+            return GgufCheckpoint(first, read_parts(first), side_files(path))
         return GgufCheckpoint(path, read_parts(path))
 
     def calibration(self, path: Path, checkpoint: Checkpoint) -> Mapping[str, Calibration] | None:
@@ -70,23 +80,25 @@ class _Source:
 class GgufCheckpoint(Checkpoint):
     """An open GGUF model."""
 
-    def __init__(self, path: Path, parts: list[Header]) -> None:
+    def __init__(self, path: Path, parts: list[Header], beside: tuple[SideFile, ...] = ()) -> None:
         self.path = path
         self._descriptors: list[int] = []
         try:
-            self._open(parts)
+            self._open(parts, beside)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, parts: list[Header]) -> None:
+    def _open(self, parts: list[Header], beside: tuple[SideFile, ...]) -> None:
         keys = Keys(self.path, parts[0].keys)
         architecture = config.architecture_of(keys)
         sources = self._sources(parts)
         extra = {name: _floats(sources.pop(name)) for name in rope.TENSORS if name in sources}
         self._by_name = _renamed(keys, architecture, sources)
         self.entries: Mapping[str, Entry] = {name: _entry(self.path, source) for name, source in self._by_name.items()}
-        self.metadata = _metadata(keys, architecture, self._by_name, extra)
+        found = _metadata(keys, architecture, self._by_name, extra)
+        rebuilt = tuple(file for file in found.side_files if file.name not in {file.name for file in beside})
+        self.metadata = replace(found, side_files=(*rebuilt, *beside))
 
     def _sources(self, parts: list[Header]) -> dict[str, _Source]:
         sources: dict[str, _Source] = {}
@@ -116,34 +128,6 @@ class GgufCheckpoint(Checkpoint):
         """Close the files."""
         while self._descriptors:
             os.close(self._descriptors.pop())
-
-
-def read_parts(path: Path) -> list[Header]:
-    """Return the headers of a model's files, the first first; raises CheckpointError unless they belong together."""
-    first = read_header(path)
-    count = first.keys.get("split.count", 1)
-    if not isinstance(count, int) or not 1 <= count < 100_000:
-        raise CheckpointError(f"{path}: split.count must be 1 to 99999, got {count!r}")
-    if count == 1:
-        return [first]
-    found = _PART.fullmatch(path.name)
-    if not found or int(found["parts"]) != count or first.keys.get("split.no") != 0 or int(found["part"]) != 1:
-        raise CheckpointError(
-            f"{path} is a part of a model in {count} files; open the one named ...-00001-of-{count:05}.gguf"
-        )
-    parts = [first]
-    for index in range(1, count):
-        part = path.with_name(f"{found['stem']}-{index + 1:05}-of-{count:05}.gguf")
-        if not part.is_file():
-            raise CheckpointError(f"{path} is the first of {count} files and {part.name} is not beside it")
-        header = read_header(part)
-        if (header.keys.get("split.no"), header.keys.get("split.count")) != (index, count):
-            raise CheckpointError(f"{part} does not say that it is part {index + 1} of {count}; the name is wrong")
-        parts.append(header)
-    tensors, announced = sum(len(part.tensors) for part in parts), first.keys.get("split.tensors.count")
-    if announced not in (None, tensors):
-        raise CheckpointError(f"{path} announces {announced} tensors and its {count} files hold {tensors}")
-    return parts
 
 
 def _renamed(keys: Keys, architecture: Architecture, sources: Mapping[str, _Source]) -> dict[str, _Source]:
@@ -212,7 +196,9 @@ def _metadata(
     rows = sources["model.embed_tokens.weight"].info.shape[0]
     model = config.from_keys(keys, architecture, sources.keys(), rows, extra)
     provenance = {
-        name: value for name, value in keys.values.items() if name.startswith(_KEPT) and isinstance(value, str)
+        name: value
+        for name, value in keys.values.items()
+        if name.startswith(_KEPT) and isinstance(value, str) and not model_card.owns(name)
     }
     provenance.pop("general.architecture")
     provenance |= {
@@ -223,11 +209,15 @@ def _metadata(
     words = vocabulary.from_keys(keys)
     roles = {f"{role}_token_id": words.roles.get(role) for role in ("bos", "eos", "pad")} if words else {}
     reason = tokenizer_files.why_not(words) if words else "the file holds no vocabulary"
+    card = model_card.from_keys(keys)
+    files = {} if card is None else {model_card.CARD: card}
     if words is None or reason is not None:
-        return Metadata({**model, **roles}, (), {**provenance, "tokenizer": f"not rebuilt: {reason}"})
-    files = tokenizer_files.build(words, architecture.name, model["max_position_embeddings"])
-    side_files = tuple(SideFile(name, content=content) for name, content in files.items())
-    return Metadata({**model, **roles}, side_files, provenance)
+        provenance["tokenizer"] = f"not rebuilt: {reason}"
+    else:
+        context = model["max_position_embeddings"]
+        files |= tokenizer_files.build(words, architecture.name, context, model_card.sampling(keys))
+    rebuilt = tuple(SideFile(name, content=content) for name, content in files.items())
+    return Metadata({**model, **roles}, rebuilt, provenance)
 
 
 def _raw(source: _Source) -> Tensor:

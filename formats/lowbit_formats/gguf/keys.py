@@ -14,13 +14,13 @@ import torch
 from lowbit.errors import CheckpointError
 
 # kinds of values, by their ids in the file
-_KINDS = {"u32": 4, "i32": 5, "f32": 6, "bool": 7, "string": 8, "array": 9}
-_FORMATS = {"u32": "I", "i32": "i", "f32": "f", "bool": "?"}
+_KINDS = {"u16": 2, "u32": 4, "i32": 5, "f32": 6, "bool": 7, "string": 8, "array": 9}
+_FORMATS = {"u16": "H", "u32": "I", "i32": "i", "f32": "f", "bool": "?"}
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key to write: ``kind`` is one of u32, f32, bool, string, or an array as in ``string[]``."""
+    """One key to write: ``kind`` is one of u16, u32, i32, f32, bool, string, or an array as in ``string[]``."""
 
     name: str
     kind: str

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from lowbit.errors import CheckpointError
@@ -32,13 +33,18 @@ def why_not(vocabulary: Vocabulary) -> str | None:
     return None
 
 
-def build(vocabulary: Vocabulary, architecture: str, context_length: int) -> dict[str, bytes]:
-    """Return the files by name; call only when ``why_not`` is None. Raises CheckpointError for impossible merges."""
+def build(
+    vocabulary: Vocabulary, architecture: str, context_length: int, sampling: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, bytes]:
+    """Return the files by name; call only when ``why_not`` is None. Raises CheckpointError for impossible merges.
+
+    ``sampling`` are fields of generation_config.json besides the vocabulary's.
+    """
     tokenizer = _byte_level(vocabulary) if vocabulary.model == "gpt2" else _sentencepiece(vocabulary, architecture)
     files = {
         "tokenizer.json": tokenizer,
         "tokenizer_config.json": _config(vocabulary, context_length),
-        "generation_config.json": _generation(vocabulary),
+        "generation_config.json": {**_generation(vocabulary), **sampling},
     }
     return {name: json.dumps(document, ensure_ascii=False, indent=1).encode() for name, document in files.items()}
 

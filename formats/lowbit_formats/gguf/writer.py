@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from pathlib import Path
 
 from torch import Tensor
 
@@ -35,10 +35,13 @@ class Slot:
 
 
 class TensorFile:
-    """A file whose header is written; ``put`` fills in one tensor, in any order."""
+    """A new file whose header is written; ``put`` fills in one tensor, in any order.
 
-    def __init__(self, file: BinaryIO, keys: Iterable[Key], slots: Sequence[Slot]) -> None:
-        self._file = file
+    The file is closed between the calls, so that a model may have more parts than a process may have open files.
+    """
+
+    def __init__(self, path: Path, keys: Iterable[Key], slots: Sequence[Slot]) -> None:
+        self._path = path
         encoded = {key.name: encode([key]) for key in keys}
         head = MAGIC + struct.pack("<IQQ", _VERSION, len(slots), len(encoded))
         self._key_ends: dict[str, int] = {}
@@ -57,8 +60,9 @@ class TensorFile:
             offset = padded(offset + slot.nbytes, ALIGNMENT)
         head += b"".join(infos)
         self._start = padded(len(head), ALIGNMENT)
-        file.write(head)
-        file.truncate(self._start + offset)  # what no tensor covers reads as zeros
+        with path.open("xb") as file:
+            file.write(head)
+            file.truncate(self._start + offset)  # what no tensor covers reads as zeros
 
     def put(self, name: str, values: Tensor) -> None:
         """Write the bytes of ``values``, which fill the slot exactly."""
@@ -72,5 +76,6 @@ class TensorFile:
         self._write(self._key_ends[key] - before_end, raw_bytes(values))
 
     def _write(self, position: int, raw: Tensor) -> None:
-        self._file.seek(position)
-        self._file.write(raw.numpy().data)
+        with self._path.open("r+b") as file:
+            file.seek(position)
+            file.write(raw.numpy().data)
