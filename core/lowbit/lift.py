@@ -37,7 +37,8 @@ def why_not(source: Scheme, target: Scheme, shape: tuple[int, int]) -> str | Non
     if source.grid is not Grid.AFFINE or target.grid is not Grid.AFFINE:
         return f"only affine grids are re-expressed, not {source.grid.value} as {target.grid.value}"
     for name in ("flat", "vector", "outliers", "rotation", "permutation", "levels"):
-        if getattr(source, name) != getattr(target, name):
+        same = getattr(source, name) == getattr(target, name)
+        if not same and not (name == "levels" and target.levels is None):  # three levels are three of the four codes
             return f"{name} differs: {getattr(source, name)} and {getattr(target, name)}"
     return _why_not_groups(source, target, shape) or _why_not_scales(source, target) or _why_not_codes(source, target)
 
@@ -80,7 +81,8 @@ def candidates(source: Scheme, shape: tuple[int, int]) -> Iterator[Scheme]:
         for dtype in dtypes:
             for bits in range(source.bits, 9):
                 for zero in (source.zero, *(zero for zero in Zero if zero is not source.zero)):
-                    scheme = replace(source, bits=bits, group_size=group_size, zero=zero, scales=ScaleFormat(dtype))
+                    changes = {"bits": bits, "group_size": group_size, "zero": zero, "levels": None}
+                    scheme = replace(source, **changes, scales=ScaleFormat(dtype))
                     if scheme != source and why_not(source, scheme, shape) is None:
                         yield scheme
 
