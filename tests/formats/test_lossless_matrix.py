@@ -118,7 +118,7 @@ awq 4-bit g64         | gptq       | awq-gemm | -            | ct-pack          
 awq 4-bit g64 asym    | gptq       | awq-gemm | -            | ct-pack            | gguf-q5_0   | gptq_v2 | mlx-affine | awq-gemm
 auto-round 4-bit g128 | gptq       | awq-gemm | -            | ct-pack            | gguf-q4_0   | gptq    | mlx-affine | gptq
 ct 4-bit g16          | gptq       | awq-gemm | -            | ct-pack            | -           | gptq    | -          | ct-pack
-ct 4-bit g128 f32     | -          | -        | -            | ct-pack            | -           | -       | mlx-affine | ct-pack
+ct 4-bit g128 f32     | -          | -        | -            | ct-pack            | -           | -       | -          | ct-pack
 ct 5-bit g32          | gptq       | -        | -            | ct-pack            | gguf-q5_0   | gptq    | mlx-affine | ct-pack
 ct 5-bit g256 asym    | gptq       | -        | -            | ct-pack            | gguf-q5_k   | gptq_v2 | mlx-affine | ct-pack
 ct 6-bit g256         | gptq       | -        | -            | ct-pack            | gguf-q6_k   | gptq    | mlx-affine | ct-pack

@@ -17,6 +17,7 @@ K3 = ScaleFormat(bits=6, super_group=16, signed=True)
 
 
 ONE_LEVEL = ScaleFormat()
+F32 = ScaleFormat("float32")
 
 
 def affine(bits, group_size, zero=Zero.SYMMETRIC, scales=ONE_LEVEL):
@@ -59,6 +60,8 @@ EXACT = [
     (affine(4, 32, Zero.MINIMUM, K4), affine(4, 32, Zero.MINIMUM, ScaleFormat("float32"))),
     (affine(3, 16, scales=K3), affine(3, 16, scales=ScaleFormat("float32"))),
     (affine(4, 64, Zero.FLOAT), affine(4, 32, Zero.FLOAT)),
+    (replace(affine(2, 256), levels=3), affine(4, 32)),
+    (replace(affine(2, 256), levels=3), affine(2, 32, Zero.MINIMUM)),
 ]
 
 
@@ -84,6 +87,7 @@ def test_every_dequantized_bit_is_the_same(source, target):
         (affine(4, 32, Zero.MINIMUM, K4), affine(4, 32, Zero.MINIMUM), "needs float32 scales"),
         (affine(4, 256, Zero.MINIMUM), affine(4, 32, Zero.MINIMUM, K4), "not re-expressed with two levels"),
         (affine(8, 256, Zero.INTEGER), affine(8, 32, Zero.MINIMUM, K4), "do not fit sub-minimums of 6"),
+        (affine(4, 64, scales=F32), affine(4, 64, Zero.MINIMUM, F32), "rounded before a minimum is added"),
         (affine(4, 64, scales=ScaleFormat("float32")), affine(4, 64), "float16 scales do not hold float32 scales"),
         (affine(4, 64), Scheme(Grid.CODEBOOK, 4, 64), "only affine grids"),
         (replace(affine(4, 64), outliers=Outliers(0.1)), affine(4, 64), "outliers differs"),
