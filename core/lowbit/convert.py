@@ -14,21 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from torch import Tensor
-
 import lowbit
-from lowbit.errors import OutputError, SchemeError, VerificationError, WeightError
-from lowbit.grids import dequantize
-from lowbit.interfaces import DEFAULT_SHARD_SIZE, Calibration, Checkpoint, MatmulProblem, Metadata, Value
-from lowbit.lift import lift
-from lowbit.metrics import ErrorSum, compare, measure
-from lowbit.parts import TensorSpec
+from lowbit.errors import OutputError, VerificationError
+from lowbit.interfaces import DEFAULT_SHARD_SIZE, Calibration, Checkpoint, Metadata, Value
+from lowbit.metrics import ErrorSum
 from lowbit.plan import Action, Plan, Step, Target, make_plan
 from lowbit.prefetch import prefetch
 from lowbit.recipe import NOTHING, Recipe
 from lowbit.registry import Registry
 from lowbit.staging import check_destination, staged
-from lowbit.tensors import PackedSpec, PackedTensor, raw_bytes
+from lowbit.tensors import PackedTensor, raw_bytes
+from lowbit.work import Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +96,24 @@ def execute(
     overwrite: bool = False,
     shard_size: int = DEFAULT_SHARD_SIZE,
     progress: Progress | None = None,
+    finished: Mapping[str, tuple[Value, ErrorSum]] = MappingProxyType({}),
 ) -> Report:
-    """Carry out a plan. The destination is written beside its place, reopened, compared, and only then renamed there."""
+    """Carry out a plan. The destination is written beside its place, reopened, compared, and only then renamed there.
+
+    ``finished`` holds tensors that calibration has quantized already, with their errors.
+    """
     check_space(plan, destination)
     report = progress or (lambda phase, step: None)
     outcomes: list[Outcome] = []
     digests: dict[str, Future[bytes]] = {}
 
     def results() -> Generator[tuple[str, Value]]:
-        work = _Work(registry, calibration)
+        work = Work(registry, calibration)
         hashed: Future[bytes] | None = None
-        with closing(prefetch(checkpoint.read(step.name) for step in plan.steps)) as values:
+        reads = (None if step.name in finished else checkpoint.read(step.name) for step in plan.steps)
+        with closing(prefetch(reads)) as values:
             for step, value in zip(plan.steps, values, strict=True):
-                result, error = work.run(step, value)
+                result, error = finished[step.name] if value is None else work.run(step, value)
                 del value
                 outcomes.append(Outcome(step, error))
                 if hashed:
@@ -182,55 +183,3 @@ def digest(value: Value) -> bytes:
         total.update(name.encode())
         total.update(raw_bytes(buffer).numpy().data)
     return total.digest()
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """Carries out steps; one instance a conversion."""
-
-    registry: Registry
-    calibration: Mapping[str, Calibration]
-
-    def run(self, step: Step, value: Value) -> tuple[Value, ErrorSum]:
-        try:
-            return self._run(step, value)
-        except (WeightError, SchemeError) as error:
-            raise type(error)(f"{step.name}: {error}") from error
-
-    def _run(self, step: Step, value: Value) -> tuple[Value, ErrorSum]:
-        if step.action is Action.QUANTIZE:
-            return self._quantize(step, value)
-        if step.action is Action.TRANSCODE:
-            assert isinstance(value, PackedTensor)
-            return self._transcode(step, value)
-        if step.action is Action.COPY:
-            return value, ErrorSum()
-        assert isinstance(step.target, TensorSpec)
-        floats = self._floats(value)
-        result = floats.to(step.target.dtype)
-        return result, compare(floats, result)
-
-    def _quantize(self, step: Step, value: Value) -> tuple[Value, ErrorSum]:
-        assert step.choice is not None
-        weight = self._floats(value)
-        quantizer, options = step.choice.quantizer, step.choice.options
-        quantized = quantizer.quantize_block({step.name: weight}, {step.name: options}, self.calibration)[step.name]
-        if isinstance(step.target, TensorSpec):
-            result = dequantize(quantized).to(step.target.dtype)
-            return result, compare(weight, result)
-        assert step.packer is not None
-        stored = lift(quantized, step.target.scheme)  # another scheme only where the format lacks the quantizer's own
-        return step.packer.pack(stored), measure(weight, stored)
-
-    def _transcode(self, step: Step, value: PackedTensor) -> tuple[Value, ErrorSum]:
-        assert step.packer is not None
-        assert isinstance(step.target, PackedSpec)
-        quantized = self.registry.packers[value.layout].unpack(value)
-        result = step.packer.pack(lift(quantized, step.target.scheme))
-        return result, measure(dequantize(quantized), step.packer.unpack(result))
-
-    def _floats(self, value: Value) -> Tensor:
-        if not isinstance(value, PackedTensor):
-            return value
-        kernel = self.registry.reference_kernel(MatmulProblem(value.layout, value.scheme, value.shape))
-        return kernel.dequantize(value)

@@ -29,6 +29,10 @@ class WeightError(LowbitError):
     """A weight holds values that cannot be quantized, such as NaN or infinity."""
 
 
+class PausedError(LowbitError):
+    """The work stopped where it can be taken up again, as the user asked; the CLI exits with code 75."""
+
+
 class VerificationError(LowbitError):
     """The reopened output differs from what was meant to be written."""
 

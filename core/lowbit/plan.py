@@ -134,16 +134,23 @@ def make_plan(
     target: Target,
     registry: Registry,
     calibration: Mapping[str, Calibration] = MappingProxyType({}),
+    collects: frozenset[str] = frozenset(),
+    weighs: bool = False,
 ) -> Plan:
-    """Decide every step; ``calibration`` is what was measured beforehand, by tensor.
+    """Decide every step.
+
+    ``calibration`` is what was measured beforehand, by tensor; ``collects`` what will be for the quantizers that need it, and
+    ``weighs`` whether importance will be for all others too.
 
     Raises NoRouteError when the format cannot hold a scheme, OptionError and UnknownComponentError for what was asked
     wrongly, and what the exporter's ``check`` raises for the checkpoint as a whole.
     """
     exporter = registry.exporters[target.format]
-    wanted = target.wanted(exporter, checkpoint, bool(calibration))
+    wanted = target.wanted(exporter, checkpoint, bool(calibration) or weighs)
     choices = recipe.choose(checkpoint.entries, registry, wanted)
-    planner = _Planner(registry, target, wanted if not recipe.quantizes else {}, calibration, recipe.requantize)
+    planner = _Planner(
+        registry, target, wanted if not recipe.quantizes else {}, calibration, recipe.requantize, collects
+    )
     steps = tuple(planner.step(name, entry, choices.get(name)) for name, entry in checkpoint.entries.items())
     plan = Plan(steps, exporter, checkpoint.metadata)
     if wanted and not any(step.action is not Action.COPY or isinstance(step.source, PackedSpec) for step in steps):
@@ -161,6 +168,7 @@ class _Planner:
     wanted: Mapping[str, Scheme]
     calibration: Mapping[str, Calibration]
     requantize: bool = False
+    collects: frozenset[str] = frozenset()
     lifted: dict[tuple[Scheme, tuple[int, int]], Scheme] = field(default_factory=dict)
 
     def step(self, name: str, entry: Entry, choice: Choice | None) -> Step:
@@ -177,11 +185,8 @@ class _Planner:
                 f"{name} is {entry.scheme.summary()} already, and new codes would round it a second time; leave the quantizer "
                 "out to move its codes exactly, keep it by a rule PATTERN=none, or give --allow-requantize"
             )
-        if missing := choice.quantizer.needs_for(choice.options) - self._measured(name):
-            raise OptionError(
-                f"quantizer {choice.quantizer.name!r} needs calibration ({', '.join(sorted(missing))}) for {name}, and there "
-                "is none; give --imatrix for importance, or choose options that need nothing"
-            )
+        if missing := choice.quantizer.needs_for(choice.options) - measured(self.calibration, name) - self.collects:
+            raise lacking(choice, name, missing)
         if isinstance(entry, PackedSpec):
             self._require_readable(entry)
         scheme = self._storable(scheme, shape)
@@ -190,11 +195,6 @@ class _Planner:
             dtype = self.target.dtype or (torch.float32 if isinstance(entry, PackedSpec) else entry.dtype)
             return Step(name, Action.QUANTIZE, entry, TensorSpec(dtype, shape), choice)
         return Step(name, Action.QUANTIZE, entry, packer.spec(scheme, shape), choice, packer)
-
-    def _measured(self, name: str) -> frozenset[str]:
-        """Return what calibration holds for a tensor, in the words of ``Quantizer.needs``."""
-        measured = self.calibration.get(name, Calibration())
-        return frozenset(what for what in ("importance", "hessian") if getattr(measured, what) is not None)
 
     def _move(self, name: str, entry: PackedSpec) -> Step:
         """Copy, transcode or dequantize a packed weight: always exactly, unless requantizing is allowed."""
@@ -279,6 +279,20 @@ class _Planner:
             return self.registry.route(scheme, shape, self.target.format, self._preferred()).packer
         except NoRouteError as error:
             raise NoRouteError(f"{name}: {error.question}", error.reasons, error.hint) from None
+
+
+def measured(calibration: Mapping[str, Calibration], name: str) -> frozenset[str]:
+    """Return what calibration holds for a tensor, in the words of ``Quantizer.needs``."""
+    found = calibration.get(name, Calibration())
+    return frozenset(what for what in ("importance", "hessian") if getattr(found, what) is not None)
+
+
+def lacking(choice: Choice, name: str, missing: frozenset[str]) -> OptionError:
+    """Return the refusal of a choice whose quantizer needs what nobody measures."""
+    return OptionError(
+        f"quantizer {choice.quantizer.name!r} needs calibration ({', '.join(sorted(missing))}) for {name}, and there "
+        "is none; give --imatrix for importance, or choose options that need nothing"
+    )
 
 
 def _scheme(entry: Entry) -> Scheme:

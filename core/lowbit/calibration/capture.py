@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,25 +30,34 @@ class Call:
         return states
 
 
-def capture(
-    skeleton: Skeleton, tokens: Tensor, batch_size: int, file: Path | None = None
-) -> tuple[Chain, dict[str, Call]]:
-    """Return the inputs of the first block for ``tokens`` (samples, seqlen), and how each block is called.
+def capture(skeleton: Skeleton, tokens: Tensor) -> dict[str, Call]:
+    """Return how each block is called for ``tokens`` (samples, seqlen).
 
     Every block is replaced by one that notes its call and passes the hidden states on, so nothing but the embedding is
-    loaded and computed. ``file`` is where the inputs are kept when memory shall not hold them.
-
-    Raises OptionError for a model whose blocks cannot be called like this, naming the class of the block.
+    loaded and computed. Raises OptionError for a model whose blocks cannot be called like this, naming the class of the block.
     """
-    with skeleton.filled(skeleton.decoder_path, but=skeleton.layers_path), torch.no_grad():
+    with _embedding(skeleton):
         calls = _calls(skeleton, tokens[:1])
         if not _same(calls, _calls(skeleton, tokens[:1].flip(1))):
             raise _error(skeleton, "gets arguments that depend on the text")
+    return calls
+
+
+def embed(skeleton: Skeleton, tokens: Tensor, batch_size: int, file: Path | None = None) -> Chain:
+    """Return the inputs of the first block for ``tokens`` (samples, seqlen), kept in ``file`` when one is given."""
+    with _embedding(skeleton):
         first = _first_states(skeleton, tokens[:1])
-        chain = Chain.make((*tokens.shape, first.shape[-1]), first.dtype, file)  # type: ignore[arg-type]  # two and one
+        chain = Chain.make((len(tokens), tokens.shape[1], first.shape[-1]), first.dtype, file)
         for start in range(0, len(tokens), batch_size):
             chain.states[start : start + batch_size] = _first_states(skeleton, tokens[start : start + batch_size]).cpu()
-    return chain, calls
+    return chain
+
+
+@contextmanager
+def _embedding(skeleton: Skeleton) -> Iterator[None]:
+    """Fill everything of the decoder but its blocks."""
+    with skeleton.filled(skeleton.decoder_path, but=skeleton.layers_path), torch.no_grad():
+        yield
 
 
 class _Enough(Exception):  # no error: the forward pass has shown what was wanted

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from lowbit.tensors import raw_bytes
 
 
 class Chain:
@@ -50,6 +53,14 @@ class Chain:
         twin = Chain.make(self.shape, self.states.dtype, file)
         twin.states.copy_(self.states)
         return twin
+
+    def save(self, file: Path) -> None:
+        """Write the activations to ``file`` (unless they are mapped from it) and wait for the disk."""
+        if self.file is None:
+            with file.open("wb") as made:
+                made.write(raw_bytes(self.states).numpy().data)
+        with file.open("rb") as made:
+            os.fsync(made.fileno())
 
     def advance(
         self, run: Callable[[Tensor, range], Tensor], batch_size: int, device: torch.device, file: Path | None = None

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.calibration.block import Block
-from lowbit.calibration.capture import Call, capture
+from lowbit.calibration.capture import Call, capture, embed
 from lowbit.calibration.chains import Chain
 from lowbit.calibration.skeleton import Skeleton
 from lowbit.calibration.statistics import Statistics
 from lowbit.errors import SchemeError, WeightError
 from lowbit.grids import dequantize
 from lowbit.interfaces import Calibration, Checkpoint
+from lowbit.metrics import ErrorSum
+from lowbit.plan import measured
 from lowbit.recipe import Choice
 from lowbit.registry import Registry
 from lowbit.tensors import QuantizedTensor
@@ -24,13 +26,27 @@ from lowbit.tensors import QuantizedTensor
 Note = Callable[[str], None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Visit:
+    """A filled block while it is worked on: its number, its chosen linears, and how it is called."""
+
+    number: int
+    name: str
+    module: nn.Module
+    linears: Mapping[str, str]
+    call: Call
+
+    def run(self, hidden: Tensor, samples: range) -> Tensor:
+        """Run the block as it is now."""
+        return self.call.run(self.module, hidden)
+
+
 class CapturedBlock(Block):
     """A filled block and the two chains: the inputs of the quantized model, the outputs of the float one."""
 
-    def __init__(
-        self, name: str, module: nn.Module, linears: Mapping[str, str], chains: Chains, call: Call, note: Note
-    ) -> None:
-        self.name, self.module, self.linears, self._call, self._note = name, module, linears, call, note
+    def __init__(self, visit: _Visit, weights: Sequence[str], chains: Chains, note: Note) -> None:
+        self.name, self.module, self._call, self._note = visit.name, visit.module, visit.call, note
+        self.linears = {weight: visit.linears[weight] for weight in weights}
         assert chains.quantized is not None
         self._inputs, self._targets, self._device = chains.quantized, chains.floating, chains.device
         self.samples = len(self._inputs.states)
@@ -64,13 +80,11 @@ class Chains:
         floating: Of the float model.
         quantized: Of the quantized model; None when no quantizer asks for block inputs.
         device: Where blocks run.
-        folder: Where activations are kept when not in memory.
     """
 
     floating: Chain
     quantized: Chain | None
     device: torch.device
-    folder: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +107,8 @@ class BlockRunner:
         choices: By tensor name; tensors outside of blocks are not looked at.
         tokens: Calibration samples, int64 (samples, seqlen).
         batch_size: Samples that run through a block at once.
-        gather: Statistics to gather for every chosen weight, a subset of ``importance``, ``hessian``, beside what its
-            quantizer needs.
+        weighs: Gather importance for quantizers that need nothing, too.
+        known: What was measured before, by tensor; it is not measured again.
         folder: Where activations are kept when memory shall not hold them.
         note: Is told a line about each block.
     """
@@ -103,110 +117,102 @@ class BlockRunner:
     choices: Mapping[str, Choice]
     tokens: Tensor
     batch_size: int = 8
-    gather: frozenset[str] = frozenset()
+    weighs: bool = False
     known: Mapping[str, Calibration] = field(default_factory=dict)
     folder: Path | None = None
     note: Note = lambda text: None
 
-    def run(self) -> Iterator[Finished]:
-        """Yield every block when it is done."""
-        floating, calls = capture(self.skeleton, self.tokens, self.batch_size, self._file("float", 0))
-        carries = any("block_inputs" in self._needs(name) for name in self.choices)
-        quantized = floating.copy(self._file("quantized", 0)) if carries else None
-        chains = Chains(floating, quantized, self.skeleton.device)
-        for number, name in enumerate(self.skeleton.blocks):
+    def start(self) -> Chains:
+        """Return the chains before the first block."""
+        floating = embed(self.skeleton, self.tokens, self.batch_size, self._file("float", 0))
+        quantized = floating.copy(self._file("quantized", 0)) if self.carries else None
+        return Chains(floating, quantized, self.skeleton.device)
+
+    @property
+    def carries(self) -> bool:
+        """Whether any quantizer needs the block's inputs, and so the quantized chain."""
+        return any("block_inputs" in self._needs(name) for name in self.choices)
+
+    def run(self, chains: Chains | None = None, first: int = 0) -> Iterator[Finished]:
+        """Yield every block when it is done, from block ``first`` on; ``chains`` are its inputs, and are advanced in place."""
+        calls = capture(self.skeleton, self.tokens)
+        chains = chains or self.start()
+        for number, name in list(enumerate(self.skeleton.blocks))[first:]:
             yield self._block(number, name, chains, calls[name])
 
     def _block(self, number: int, name: str, chains: Chains, call: Call) -> Finished:
         linears = {weight: path for weight, path in self.skeleton.linears(name).items() if weight in self.choices}
         with self.skeleton.filled(name) as module:
-            measured = self._measure(number, module, linears, chains, call)
+            visit = _Visit(number, name, module, linears, call)
+            calibration = self._measure(visit, chains)
             weights = {weight: self.skeleton.source_weight(weight) for weight in linears}
-            found = self._quantize(name, module, linears, weights, measured, chains, call)
-            error = self._carry(number, module, linears, found, chains, call)
-        quantized = {weight: _to_cpu(found[weight]) for weight in linears}
-        return Finished(name, quantized, weights, measured, error)
+            found = self._quantize(visit, chains, weights, calibration)
+            error = self._carry(visit, chains, found)
+        return Finished(name, {weight: _to_cpu(found[weight]) for weight in linears}, weights, calibration, error)
 
-    def _measure(
-        self, number: int, module: nn.Module, linears: Mapping[str, str], chains: Chains, call: Call
-    ) -> dict[str, Calibration]:
+    def _measure(self, visit: _Visit, chains: Chains) -> dict[str, Calibration]:
         """Advance the float chain, and gather statistics of the float model's activations on the way."""
-        hessian = frozenset(name for name in linears if "hessian" in self._wanted(name))
-        measured = {name: path for name, path in linears.items() if self._wanted(name) & {"importance", "hessian"}}
-        statistics = Statistics(module, measured, hessian)
+        wanted = {name: self._wanted(name) & {"importance", "hessian"} for name in visit.linears}
+        watched = {name: path for name, path in visit.linears.items() if wanted[name]}
+        hessian = frozenset(name for name in watched if "hessian" in wanted[name])
+        statistics = Statistics(visit.module, watched, hessian)
+        file = self._file("float", visit.number + 1)
         with statistics.gathering(), torch.no_grad():
-            chains.floating = chains.floating.advance(
-                lambda hidden, _: call.run(module, hidden),
-                self.batch_size,
-                chains.device,
-                self._file("float", number + 1),
+            chains.floating = chains.floating.advance(visit.run, self.batch_size, chains.device, file)
+        found = statistics.results(self.note)
+        if missed := sorted(watched.keys() - found.keys()):
+            raise WeightError(
+                f"{missed[0]}: no calibration token reached this layer; give more samples, or leave it out by a rule"
             )
-        return {**statistics.results(self.note), **{name: self.known[name] for name in linears if name in self.known}}
+        return {name: merged(self.known.get(name), found.get(name)) for name in visit.linears}
 
     def _quantize(
-        self,
-        name: str,
-        module: nn.Module,
-        linears: Mapping[str, str],
-        weights: Mapping[str, Tensor],
-        measured: Mapping[str, Calibration],
-        chains: Chains,
-        call: Call,
+        self, visit: _Visit, chains: Chains, weights: Mapping[str, Tensor], calibration: Mapping[str, Calibration]
     ) -> dict[str, QuantizedTensor]:
         found: dict[str, QuantizedTensor] = {}
-        for names in _by_quantizer({name: self.choices[name] for name in linears}):
+        for names in _by_quantizer({name: self.choices[name] for name in visit.linears}):
             quantizer = self.choices[names[0]].quantizer
             block = None
             if any("block_inputs" in self._needs(weight) for weight in names):
-                own = {weight: linears[weight] for weight in names}
-                block = CapturedBlock(name, module, own, chains, call, self.note)
+                block = CapturedBlock(visit, names, chains, self.note)
             placed = {weight: weights[weight].to(chains.device) for weight in names}
             options = {weight: self.choices[weight].options for weight in names}
             try:
-                found |= quantizer.quantize_block(placed, options, measured, block)
+                found |= quantizer.quantize_block(placed, options, calibration, block)
             except (WeightError, SchemeError) as error:
-                raise type(error)(f"{name}: {error}") from error
+                raise type(error)(f"{visit.name}: {error}") from error
         return found
 
-    def _carry(
-        self,
-        number: int,
-        module: nn.Module,
-        linears: Mapping[str, str],
-        found: Mapping[str, QuantizedTensor],
-        chains: Chains,
-        call: Call,
-    ) -> float | None:
+    def _carry(self, visit: _Visit, chains: Chains, found: Mapping[str, QuantizedTensor]) -> float | None:
         """Advance the quantized chain through the block with its new weights; return its distance from the float chain."""
         if chains.quantized is None:
             return None
-        for name, path in linears.items():
-            linear = module.get_submodule(path)
+        for name, path in visit.linears.items():
+            linear = visit.module.get_submodule(path)
             assert isinstance(linear, nn.Linear)
             linear.weight = nn.Parameter(dequantize(found[name]).to(linear.weight), requires_grad=False)
-        squared, reference = torch.zeros(2, dtype=torch.float64)
+        total = ErrorSum()
 
         def run(hidden: Tensor, samples: range) -> Tensor:
-            nonlocal squared, reference
-            result = call.run(module, hidden)
-            target = chains.floating.gather(samples, chains.device).float()
-            squared += (result.float() - target).square().sum(dtype=torch.float64).cpu()
-            reference += target.square().sum(dtype=torch.float64).cpu()
+            nonlocal total
+            result = visit.run(hidden, samples)
+            target = chains.floating.gather(samples, chains.device).double()
+            squared, reference = (result.double() - target).square().sum(), target.square().sum()
+            total += ErrorSum(False, 0.0, float(squared), float(reference))
             return result
 
         with torch.no_grad():
-            file = self._file("quantized", number + 1)
+            file = self._file("quantized", visit.number + 1)
             chains.quantized = chains.quantized.advance(run, self.batch_size, chains.device, file)
-        return float((squared / reference).sqrt())
+        return total.relative
 
     def _needs(self, name: str) -> frozenset[str]:
         choice = self.choices[name]
         return choice.quantizer.needs_for(choice.options)
 
     def _wanted(self, name: str) -> frozenset[str]:
-        known = self.known.get(name, Calibration())
-        has = {what for what in ("importance", "hessian") if getattr(known, what) is not None}
-        return (self._needs(name) | self.gather) - has
+        needs = self._needs(name) or (frozenset({"importance"}) if self.weighs else frozenset())
+        return needs - measured(self.known, name)
 
     def _file(self, chain: str, number: int) -> Path | None:
         return self.folder / f"{chain}-{number}.bin" if self.folder else None
@@ -241,6 +247,13 @@ def run_blocks(
 def compute_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype in which blocks run: float32 on a CPU; bfloat16 elsewhere, which has float32's range."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def merged(known: Calibration | None, found: Calibration | None) -> Calibration:
+    """Return what either measured; ``known`` first."""
+    known, found = known or Calibration(), found or Calibration()
+    importance = found.importance if known.importance is None else known.importance
+    return Calibration(importance, found.hessian if known.hessian is None else known.hessian)
 
 
 def _by_quantizer(choices: Mapping[str, Choice]) -> list[list[str]]:
