@@ -12,6 +12,14 @@ uses ``__fmul_rn``, ``__fadd_rn``, ``__frcp_rn``. For each group of weights, the
 6.  code      the number of midpoints strictly below x, a midpoint being (entry + next entry) * 0.5: the nearest entry, and
               the lower one of two. A group whose scale is 0 has x = 0, so all its codes are the one nearest to zero.
 
+With ``scale_bits`` b, step 3 goes on, for each row, L being 2^b - 1 for ``absmax`` (and ``search`` with a codebook that is its own
+mirror image), else 2^(b-1) - 1:
+
+3a. d         (largest |extreme| of the row) * float32(1 / L), rounded to the scale's dtype as in step 3.
+3b. u         extreme * (1 / d) rounded to an integer, halves to even, kept within L; the scale is float32(u) * float32(d).
+
+Stochastic rounding replaces step 6 (``lowbit_kbit.rounding``).
+
 The meaning of a code is ``codebook[code] * float32(scale)`` (``lowbit.grids``). ``search`` puts another scale in the place of
 step 3; its own arithmetic is in ``lowbit_kbit.search``, and steps 4 to 6 follow with the scale that it stored.
 """
@@ -25,6 +33,7 @@ from lowbit.errors import WeightError
 
 SMALLEST_SCALE = 2.0**-126
 """Smallest normal float32: the reciprocal of anything smaller may be infinite."""
+NOT_FINITE = "holds NaN or infinity; repair the checkpoint, or keep this tensor with a rule PATTERN=none"
 
 
 def absmax(groups: Tensor) -> Tensor:
@@ -41,7 +50,7 @@ def signed_absmax(groups: Tensor) -> Tensor:
 def check_finite(extremes: Tensor) -> None:
     """Raise WeightError when a group's extreme is NaN or infinite: then one of its weights is."""
     if not bool(torch.isfinite(extremes).all()):
-        raise WeightError("holds NaN or infinity; repair the checkpoint, or keep this tensor with a rule PATTERN=none")
+        raise WeightError(NOT_FINITE)
 
 
 def store(scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -49,19 +58,31 @@ def store(scales: Tensor, dtype: torch.dtype) -> Tensor:
     stored = scales.to(dtype)
     widened = stored.float()
     if bool(torch.isinf(widened).any()):
-        worst = float(scales.abs().max())
-        name = str(dtype).removeprefix("torch.")
-        raise WeightError(
-            f"needs a scale of {worst:g}, beyond {torch.finfo(dtype).max:g}, the largest {name}; set scale_dtype to "
-            f"{'bfloat16 or float32' if dtype is torch.float16 else 'float32'}"
-        )
+        raise overflow(float(scales.abs().max()), dtype)
     return stored.masked_fill_(widened.abs() < SMALLEST_SCALE, 0)
+
+
+def overflow(worst: float, dtype: torch.dtype) -> WeightError:
+    """Return the error of a scale that ``dtype`` cannot hold."""
+    name = str(dtype).removeprefix("torch.")
+    return WeightError(
+        f"needs a scale of {worst:g}, beyond {torch.finfo(dtype).max:g}, the largest {name}; set scale_dtype to "
+        f"{'bfloat16 or float32' if dtype is torch.float16 else 'float32'}"
+    )
 
 
 def reciprocals(scales: Tensor) -> Tensor:
     """Return 1 / float32(scale), and 0 where the scale is 0 or too small to have one."""
     widened = scales.float()
     return widened.reciprocal().masked_fill_(widened.abs() < SMALLEST_SCALE, 0)
+
+
+def second_level(scales: Tensor, bits: int, signed: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return integers (rows, groups), int8 or uint8, and a float of ``dtype`` for each row (rows, 1): scale = integer * float."""
+    largest = (1 << bits - signed) - 1
+    steps = store(scales.abs().amax(1, keepdim=True) * (1 / largest), dtype)
+    units = (scales * reciprocals(steps)).round_().clamp_(-largest if signed else 0, largest)
+    return units.to(torch.int8 if signed else torch.uint8), steps
 
 
 def tree_sum(values: Tensor) -> Tensor:

@@ -7,13 +7,15 @@ from typing import Literal, get_args
 
 from lowbit.errors import OptionError
 
-Codebook = Literal["int", "nf", "fp", "learned"]
+Codebook = Literal["int", "nf", "fp", "learned", "user"]
 ScaleRule = Literal["absmax", "signed", "search"]
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
+Rounding = Literal["nearest", "stochastic"]
 
 BITS = (2, 8)
 GROUP_SIZE = (16, 4096)
 CANDIDATES = (2, 256)
+SCALE_BITS = (4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,8 @@ class KbitOptions:
     codebook: Codebook = field(
         default="learned",
         metadata={
-            "help": "the entries: int (uniform), nf (quantiles of a Gaussian), fp (a small float), learned (fitted to the tensor)"
+            "help": "the entries: int (uniform), nf (quantiles of a Gaussian), fp (a small float), learned (fitted to the tensor), "
+            "user (given as entries)"
         },
     )
     scale: ScaleRule = field(
@@ -37,10 +40,27 @@ class KbitOptions:
         },
     )
     scale_dtype: ScaleDtype = field(default="float16", metadata={"help": "how scales are stored"})
+    scale_bits: int | None = field(
+        default=None,
+        metadata={
+            "help": "4 to 8: integer scales of so many bits, and a float scale_dtype for each row; none: a float each"
+        },
+    )
     candidates: int = field(
         default=17, metadata={"help": "scales that search tries for each group and sign, 2 to 256, before it refines"}
     )
-    seed: int = field(default=0, metadata={"help": "chooses the groups that a learned codebook is fitted to"})
+    rounding: Rounding = field(
+        default="nearest",
+        metadata={
+            "help": "nearest entry, or stochastic: one of the two around a weight, so that their mean is the weight"
+        },
+    )
+    entries: str | None = field(
+        default=None, metadata={"help": "with codebook=user its 2**bits numbers, such as -1/-0.3/0.3/1, none above 1"}
+    )
+    seed: int = field(
+        default=0, metadata={"help": "chooses the groups that a learned codebook is fitted to, and stochastic codes"}
+    )
 
     def __post_init__(self) -> None:
         _check_range("bits", self.bits, *BITS)
@@ -50,6 +70,33 @@ class KbitOptions:
         _check_choice("scale", self.scale, get_args(ScaleRule))
         _check_choice("scale_dtype", self.scale_dtype, get_args(ScaleDtype))
         _check_range("candidates", self.candidates, *CANDIDATES)
+        _check_choice("rounding", self.rounding, get_args(Rounding))
+        if self.scale_bits is not None:
+            _check_range("scale_bits", self.scale_bits, *SCALE_BITS, also=", or none for a float each")
+        if (self.codebook == "user") != (self.entries is not None):
+            raise OptionError(
+                f"kbit option entries goes with codebook=user, got codebook={self.codebook} and entries={self.entries}"
+            )
+        if self.entries is not None:
+            user_entries(self.entries, self.bits)
+
+    @property
+    def signed_scales(self) -> bool:
+        """Whether a scale may be negative; known before any data, and all that ``scale_bits`` must know of the data."""
+        return self.scale == "signed" or (self.scale == "search" and self.codebook in ("learned", "user"))
+
+
+def user_entries(text: str, bits: int) -> list[float]:
+    """Return the ascending entries that ``text`` lists, separated by ``/``, commas or spaces; raise OptionError for other text."""
+    try:
+        found = sorted(float(word) for word in text.replace("/", " ").replace(",", " ").split())
+    except ValueError:
+        found = []
+    if len(found) != 2**bits or not all(abs(entry) <= 1 for entry in found) or not any(found):
+        raise OptionError(
+            f"kbit option entries must be {2**bits} numbers for {bits} bits, from -1 to 1 and not all 0, got {text!r}"
+        )
+    return found
 
 
 def _check_range(name: str, value: int, low: int, high: int, also: str = "") -> None:

@@ -10,13 +10,16 @@ from torch import Tensor
 
 from lowbit import Calibration, QuantizedTensor, Quantizer, ScaleFormat, Scheme
 from lowbit.errors import WeightError
+from lowbit.parts import part_specs
 from lowbit.scheme import Grid
 from lowbit.workers import map_ranges
-from lowbit_kbit.arithmetic import absmax, check_finite, reciprocals, signed_absmax, store
+from lowbit_cuda.available import why_not_cuda
+from lowbit_kbit.arithmetic import absmax, check_finite, reciprocals, second_level, signed_absmax, store
 from lowbit_kbit.codebooks import fixed_codebook, is_antisymmetric
 from lowbit_kbit.encoders import Encoder, make_encoder
 from lowbit_kbit.learned import learn_codebook
-from lowbit_kbit.options import KbitOptions
+from lowbit_kbit.options import KbitOptions, user_entries
+from lowbit_kbit.rounding import stochastic_codes
 from lowbit_kbit.search import candidate_factors, search_scales
 
 PIECE = 1 << 20
@@ -32,7 +35,7 @@ class KbitQuantizer(Quantizer[KbitOptions]):
 
     def scheme(self, options: KbitOptions) -> Scheme:
         """Return a codebook scheme; the options were checked when they were made."""
-        return Scheme(Grid.CODEBOOK, options.bits, options.group_size, scales=ScaleFormat(options.scale_dtype))
+        return Scheme(Grid.CODEBOOK, options.bits, options.group_size, scales=scale_format(options))
 
     def quantize(self, weight: Tensor, options: KbitOptions, calibration: Calibration | None = None) -> QuantizedTensor:
         """Quantize ``weight`` (out, in). Importance, when calibrated, weights a learned codebook and searched scales.
@@ -42,13 +45,18 @@ class KbitQuantizer(Quantizer[KbitOptions]):
         rows, columns = weight.shape
         size = min(options.group_size or columns, columns)
         importance = _importance(calibration, weight)
-        if options.codebook == "learned":
-            codebook = learn_codebook(weight, size, options, importance).to(weight.device)
-        else:
-            codebook = fixed_codebook(options.codebook, options.bits).to(weight.device)
-        work = _Work(weight, options, size, make_encoder(codebook), importance)
-        parts = {"codes": work.codes, "codebook": codebook[:, None], "scales": work.run()}
+        codebook = choose_codebook(weight, size, options, importance).to(weight.device)
+        parts = _Work(weight, options, size, make_encoder(codebook), importance).run()
         return QuantizedTensor(self.scheme(options), (rows, columns), parts)
+
+
+def choose_codebook(weight: Tensor, size: int, options: KbitOptions, importance: Tensor | None) -> Tensor:
+    """Return the codebook for ``weight`` in groups of ``size``: float32 ``(2**bits,)``, ascending, on the CPU."""
+    if options.codebook == "learned":
+        return learn_codebook(weight, size, options, importance)
+    if options.entries is not None:
+        return torch.tensor(user_entries(options.entries, options.bits), dtype=torch.float32)
+    return fixed_codebook(options.codebook, options.bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,46 +77,104 @@ def _spans(columns: int, size: int) -> list[_Span]:
 
 
 class _Work:
-    """One weight being quantized, a piece of rows at a time."""
+    """One weight being quantized, a piece of rows at a time; ``first_row`` says where it starts in the whole weight."""
 
     def __init__(
-        self, weight: Tensor, options: KbitOptions, size: int, encoder: Encoder, importance: Tensor | None
+        self,
+        weight: Tensor,
+        options: KbitOptions,
+        size: int,
+        encoder: Encoder,
+        importance: Tensor | None,
+        first_row: int = 0,
     ) -> None:
         rows, columns = weight.shape
-        self.codes = torch.empty((rows, columns), dtype=torch.uint8, device=weight.device)
-        self._weight, self._encoder, self._importance = weight, encoder, importance
+        self._weight, self._options, self._size = weight, options, size
+        self._encoder, self._importance, self._first_row = encoder, importance, first_row
         self._spans = _spans(columns, size)
         self._dtype: torch.dtype = getattr(torch, options.scale_dtype)
         self._search = options.scale == "search"
         self._factors = candidate_factors(encoder, options.candidates)
-        one_sided = options.scale == "absmax" or (self._search and is_antisymmetric(encoder.codebook))
-        self._extremes = absmax if one_sided else signed_absmax
-        self._scales = torch.empty((rows, -(-columns // size)), dtype=self._dtype, device=weight.device)
+        self._one_sided = options.scale == "absmax" or (self._search and is_antisymmetric(encoder.codebook))
+        scheme = Scheme(Grid.CODEBOOK, options.bits, size, scales=scale_format(options))
+        self.parts = {
+            name: torch.empty(spec.shape, dtype=spec.dtype, device=weight.device)
+            for name, spec in part_specs(scheme, (rows, columns)).items()
+        }
+        self.parts["codebook"] = encoder.codebook[:, None]
 
-    def run(self) -> Tensor:
-        """Fill ``codes`` and return the scales (out, groups)."""
+    def run(self) -> dict[str, Tensor]:
+        """Return all parts, filled."""
         rows, columns = self._weight.shape
-        piece = SEARCH_PIECE if self._search else PIECE
-        map_ranges(self._rows, rows, columns, piece=piece if self._weight.device.type == "cpu" else rows * columns)
-        return self._scales
+        if self._weight.is_cuda and rows * columns and why_not_cuda(self._weight.device.index) is None:
+            self._on_gpu()
+        else:
+            piece = SEARCH_PIECE if self._search else PIECE
+            map_ranges(self._rows, rows, columns, piece=piece if self._weight.device.type == "cpu" else rows * columns)
+        return self.parts
 
     def _rows(self, start: int, stop: int) -> None:
-        for span in self._spans:
-            groups = self._weight[start:stop, span.columns].float().contiguous().view(stop - start, -1, span.size)
-            scales = self._scales_of(groups, span)
-            x = groups * reciprocals(scales)[..., None]
-            self.codes[start:stop, span.columns] = self._encoder.codes(x).view(stop - start, -1)
-            self._scales[start:stop, span.groups] = scales
+        groups = [self._groups(span, start, stop) for span in self._spans]
+        factors = reciprocals(self._fill_scales(groups, start, stop))
+        for span, members in zip(self._spans, groups, strict=True):
+            x = members * factors[:, span.groups, None]
+            self.parts["codes"][start:stop, span.columns] = self._codes(x, span, start).view(stop - start, -1)
+
+    def _on_gpu(self) -> None:
+        """The same bits from CUDA kernels (``lowbit_kbit.launches``); searched and two-level scales come from torch."""
+        from lowbit_kbit.launches import quantize, why_not_quantize
+
+        weight = self._weight
+        if why_not_quantize(weight, self._size):
+            weight = weight.clone(memory_format=torch.contiguous_format)
+        rule = "given" if self._search or self._options.scale_bits else "absmax" if self._one_sided else "signed"
+        scales = self.parts["scales"]
+        if rule == "given":
+            scales = self._fill_scales([self._groups(span, 0, len(weight)) for span in self._spans], 0, len(weight))
+        seed = self._options.seed if self._options.rounding == "stochastic" else None
+        codebook, codes = self._encoder.codebook, self.parts["codes"]
+        quantize(weight, self._size, rule, codebook, codes, scales.contiguous(), seed, self._first_row)
+
+    def _groups(self, span: _Span, start: int, stop: int) -> Tensor:
+        """Return the groups of a span in some rows: float32 (rows, groups, size)."""
+        return self._weight[start:stop, span.columns].float().contiguous().view(stop - start, -1, span.size)
+
+    def _codes(self, x: Tensor, span: _Span, start: int) -> Tensor:
+        if self._options.rounding == "nearest":
+            return self._encoder.codes(x)
+        rows = torch.arange(start + self._first_row, start + self._first_row + len(x), device=x.device)
+        columns = torch.arange(span.columns.start, span.columns.stop, device=x.device).view(1, -1, span.size)
+        places = rows.view(-1, 1, 1) * self._weight.shape[1] + columns
+        return stochastic_codes(x, places, self._encoder.codebook, self._options.seed)
+
+    def _fill_scales(self, groups: list[Tensor], start: int, stop: int) -> Tensor:
+        """Store the scales of some rows; return what they decode to, float32 (rows, groups)."""
+        two_level = self._options.scale_bits is not None
+        scales = torch.cat([self._scales_of(each, span) for each, span in zip(groups, self._spans, strict=True)], 1)
+        if not two_level:
+            self.parts["scales"][start:stop] = scales
+            return scales.float()
+        assert self._options.scale_bits is not None
+        units, steps = second_level(scales, self._options.scale_bits, self._options.signed_scales, self._dtype)
+        self.parts["scales"][start:stop], self.parts["super_scales"][start:stop] = units, steps
+        return units.float() * steps.float()
 
     def _scales_of(self, groups: Tensor, span: _Span) -> Tensor:
-        """Return the stored scales (rows, groups)."""
-        extremes = self._extremes(groups)
+        """Return the scales (rows, groups): as they are stored, or in float32 when a second level follows."""
+        extremes = absmax(groups) if self._one_sided else signed_absmax(groups)
         check_finite(extremes)
-        plain = store(extremes, self._dtype)
+        dtype = torch.float32 if self._options.scale_bits else self._dtype
+        plain = store(extremes, dtype)
         if not self._search:
             return plain
         importance = None if self._importance is None else self._importance[span.columns].view(1, -1, span.size)
-        return search_scales(groups, extremes, self._encoder, self._factors, self._dtype, importance)
+        return search_scales(groups, extremes, self._encoder, self._factors, dtype, importance)
+
+
+def scale_format(options: KbitOptions) -> ScaleFormat:
+    """Return how the scales of these options are stored."""
+    signed = options.scale_bits is not None and options.signed_scales
+    return ScaleFormat(options.scale_dtype, options.scale_bits, signed=signed)
 
 
 def _importance(calibration: Calibration | None, weight: Tensor) -> Tensor | None:

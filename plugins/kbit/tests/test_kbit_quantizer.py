@@ -191,10 +191,21 @@ def test_scheme_and_registration():
         ({"bits": 9}, "bits must be 2 to 8, got 9"),
         ({"group_size": 15}, "group_size must be 16 to 4096, or none for the whole row, got 15"),
         ({"group_size": 4097}, "got 4097"),
-        ({"codebook": "af4"}, "codebook must be one of int, nf, fp, learned, got 'af4'"),
+        ({"codebook": "af4"}, "codebook must be one of int, nf, fp, learned, user, got 'af4'"),
         ({"scale": "max"}, "scale must be one of absmax, signed, search, got 'max'"),
         ({"scale_dtype": "float8_e4m3fn"}, "scale_dtype must be one of"),
         ({"candidates": 1}, "candidates must be 2 to 256, got 1"),
+        ({"rounding": "up"}, "rounding must be one of nearest, stochastic, got 'up'"),
+        ({"scale_bits": 3}, "scale_bits must be 4 to 8, or none for a float each, got 3"),
+        ({"codebook": "user"}, "entries goes with codebook=user, got codebook=user and entries=None"),
+        ({"entries": "-1/1"}, "entries goes with codebook=user, got codebook=learned and entries=-1/1"),
+        (
+            {"bits": 2, "codebook": "user", "entries": "-1/0/1"},
+            "must be 4 numbers for 2 bits, from -1 to 1 and not all 0",
+        ),
+        ({"bits": 2, "codebook": "user", "entries": "-1/0/1/2"}, "got '-1/0/1/2'"),
+        ({"bits": 2, "codebook": "user", "entries": "-1/0/1/nan"}, "got '-1/0/1/nan'"),
+        ({"bits": 2, "codebook": "user", "entries": "-1/0/1/x"}, "got '-1/0/1/x'"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(settings, words):
