@@ -42,13 +42,15 @@ def eval_command(
 ) -> None:
     """Score each MODEL on the same text: perplexity and, with --against, KL divergence and agreement of the likeliest token.
 
-    The tokenizer is BASE's, or the first MODEL's. All models are in memory at once.
+    The tokenizer is BASE's, or the first MODEL's. All models are in memory at once. On a CPU the default --dtype is float32:
+    what is measured are the weights, and many CPUs multiply bfloat16 slowly.
     """
     from lowbit.evaluation.scores import evaluate
     from lowbit.evaluation.windows import cut
 
     said = _read(text)
     tokenizer = load_tokenizer(against or models[0])
+    dtype = dtype or ("float32" if device == "cpu" else None)
     base = load_model(against, device, dtype) if against else None
     loaded = [load_model(path, device, dtype) for path in models]
     everyone = [*loaded, base] if base is not None else loaded

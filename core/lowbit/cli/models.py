@@ -21,7 +21,7 @@ def place_options(command: F) -> F:
     return click.option(
         "--dtype",
         type=click.Choice(DTYPES),
-        help="Float type of activations; default: as the model says, bfloat16 for packed ones.",
+        help="Float type of activations; default: as the model says, bfloat16 for packed ones on a CPU.",
     )(command)
 
 
