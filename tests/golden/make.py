@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -85,11 +86,17 @@ def examples(registry: Registry, layout: str) -> list[tuple[Scheme, tuple[int, i
     """Return schemes and shapes for a layout; raise SchemeError when none is known."""
     packer = registry.packers[layout]
     own = [(packer.scheme, (2, 256))] if hasattr(packer, "scheme") else []  # a GGUF type holds one scheme
-    known = EXAMPLES.get(layout) or own or [(scheme, _few(scheme, shape)) for scheme, shape in samples.REPRESENTATIVES]
+    others = [(_short(scheme), _few(scheme, shape)) for scheme, shape in samples.REPRESENTATIVES]
+    known = EXAMPLES.get(layout) or own or others
     held = [(scheme, shape) for scheme, shape in known if packer.why_not(scheme, shape) is None]
     if not held:
         raise SchemeError(f"no example is known for layout {layout}; add a scheme and a shape to EXAMPLES")
     return held
+
+
+def _short(scheme: Scheme) -> Scheme:
+    """Return the scheme with a codebook that does not fill the file."""
+    return replace(scheme, bits=9, vector=4) if scheme.vector > 1 else scheme
 
 
 def _few(scheme: Scheme, shape: tuple[int, int]) -> tuple[int, int]:
