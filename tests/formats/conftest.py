@@ -80,6 +80,8 @@ def array_of(shape, type: str, seed: int) -> np.ndarray:
     weights, nbytes = gguf.GGML_QUANT_SIZES[QUANT[type]]
     rows = source.integers(0, 256, (*shape[:-1], shape[-1] // weights, nbytes), dtype=np.uint8)
     rows[..., 1::2] &= 0x2F  # the exponent of every fp16 in every type lies in an odd byte
+    if type == "MXFP4":
+        rows[..., 0] &= 0x7F  # its scale is a byte, whose 255 is NaN
     return rows.reshape(*shape[:-1], -1)
 
 

@@ -12,6 +12,7 @@ from lowbit.parts import TensorSpec
 from lowbit.tensors import PackedSpec, PackedTensor, bit_equal
 from lowbit.testing import ImporterContract, Written
 from lowbit_formats.gguf import GgufExporter, GgufImporter
+from lowbit_formats.gguf.header import read_header
 from lowbit_formats.gguf.layouts import BY_TYPE
 from lowbit_formats.gguf.rope import llama3_factors
 
@@ -363,3 +364,26 @@ def test_no_vocabulary_at_all(gguf_models, tmp_path):
     with opened(gguf_models, tmp_path, vocabulary="none") as checkpoint:
         assert "no vocabulary" in checkpoint.metadata.provenance["tokenizer"]
         assert json.dumps(dict(checkpoint.metadata.config))
+
+
+@pytest.mark.parametrize(
+    ("type", "at", "raw", "value"),
+    [
+        ("Q8_0", 0, 0x7C00, "inf"),
+        ("Q4_K", 2, 0xFC00, "-inf"),
+        ("Q6_K", 208, 0x7E00, "nan"),
+        ("MXFP4", 0, 0x00FF, "nan"),
+    ],
+)
+def test_scales_that_are_not_finite_are_named(gguf_models, tmp_path, type, at, raw, value):
+    """The third row of q: the message counts rows as the file has them, and names its tensor."""
+    path = tmp_path / "model.gguf"
+    gguf_models.write(path, gguf_models.Recipe(types={"blk.0.attn_q.weight": type}))
+    info = next(info for info in read_header(path).tensors if info.name == "blk.0.attn_q.weight")
+    with path.open("r+b") as file:
+        file.seek(info.start + 2 * info.type.row_bytes(256) + at)
+        file.write(raw.to_bytes(2, "little"))
+    with GgufImporter().open(path) as checkpoint:
+        with pytest.raises(CheckpointError, match=rf"blk\.0\.attn_q\.weight: row 2 has the scale {value}; "):
+            checkpoint.read("model.layers.0.self_attn.q_proj.weight")
+        checkpoint.read("model.layers.0.self_attn.k_proj.weight")

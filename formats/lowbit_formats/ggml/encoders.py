@@ -129,11 +129,3 @@ ENCODERS: Mapping[str, Encoder] = {
     "q1_0": sign_planes,
 }
 """The encoder of every type."""
-
-_NEVER_SEARCHED = ("q8_0", "mxfp4", "tq1_0", "tq2_0", "q1_0")
-_SEARCHED_WHEN_CALIBRATED = ("q4_0", "q4_1", "q5_0", "q5_1")
-
-
-def searches(name: str, calibrated: bool) -> bool:
-    """Whether the encoder of a type tries several scales, and so needs many more arrays than rounding does."""
-    return name not in _NEVER_SEARCHED and (calibrated or name not in _SEARCHED_WHEN_CALIBRATED)

@@ -13,15 +13,15 @@ from lowbit.interfaces import Calibration, Quantizer
 from lowbit.parts import part_specs
 from lowbit.scheme import Scheme
 from lowbit.tensors import QuantizedTensor
-from lowbit.workers import PIECE, map_ranges
-from lowbit_formats.ggml.encoders import ENCODERS, searches
+from lowbit.workers import map_ranges
+from lowbit_formats.ggml.encoders import ENCODERS
 from lowbit_formats.ggml.options import TYPES, GgmlOptions, TypeName
 from lowbit_formats.ggml.two_level import FLOAT16_MAX
 from lowbit_formats.ggml.weighting import relative_importance
 from lowbit_formats.gguf.layouts import PACKERS
 
-SEARCH_PIECE = 1 << 19
-"""Weights in a piece that is searched: larger ones do not stay in the cache, smaller ones lose to the cost of calls."""
+PIECE = 1 << 19
+"""Weights in a piece: larger ones do not stay in the cache, smaller ones lose to the cost of calls."""
 
 PACKER_OF = {packer.type.name.lower(): packer for packer in PACKERS}
 
@@ -53,7 +53,6 @@ class GgmlQuantizer(Quantizer[GgmlOptions]):
         if reason := packer.why_not(packer.scheme, shape):
             raise SchemeError(reason)
         encode, importance = ENCODERS[options.type], _importance(calibration, weight)
-        piece = SEARCH_PIECE if searches(options.type, importance is not None) else PIECE
         parts = {
             name: torch.empty(spec.shape, dtype=spec.dtype, device=weight.device)
             for name, spec in part_specs(packer.scheme, shape).items()
@@ -66,7 +65,7 @@ class GgmlQuantizer(Quantizer[GgmlOptions]):
                 view = parts[name][0, start:stop] if packer.scheme.binary else parts[name][start:stop]
                 view.copy_(values.view(view.shape))
 
-        map_ranges(work, *shape, piece=piece if weight.device.type == "cpu" else max(1, weight.numel()))
+        map_ranges(work, *shape, piece=PIECE if weight.device.type == "cpu" else max(1, weight.numel()))
         if packer.codebook is not None:
             parts["codebook"] = packer.codebook.to(weight.device)
         return QuantizedTensor(packer.scheme, shape, parts)

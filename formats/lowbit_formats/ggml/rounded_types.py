@@ -3,7 +3,8 @@
 Operations and their order are ggml's, in float32, because each one rounds: the codes come from the float32 scale, before it
 is stored as float16. C's ``(int8_t) v`` truncates and ``roundf`` rounds halves away from zero.
 
-All functions take x float32 (rows, columns) and return the parts of these rows.
+All functions take x float32 (rows, columns) and return the parts of these rows; codes lie in scratch memory, until the same
+thread calls again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit_formats.ggml.scratch import SCRATCH
 from lowbit_formats.ggml.two_level import to_half
 from lowbit_formats.ggml.weighted_groups import group_extremes, reciprocal
 
@@ -22,8 +24,8 @@ def round_signed(x: Tensor, bits: int, size: int) -> Parts:
     half = 1 << bits - 1
     groups = x.view(-1, size)
     scales = group_extremes(groups).div_(-half)
-    values = (groups * reciprocal(scales).unsqueeze(1)).add_(half + 0.5)
-    codes = values.to(torch.int8).clamp_(max=2 * half - 1)
+    values = _scaled(groups, reciprocal(scales)).add_(half + 0.5)
+    codes = _truncated(values).clamp_(max=2 * half - 1)
     return {"codes": codes.view(torch.uint8), "scales": to_half(scales)}
 
 
@@ -33,8 +35,8 @@ def round_range(x: Tensor, bits: int, size: int) -> Parts:
     groups = x.view(-1, size)
     low = groups.amin(1)
     scales = (groups.amax(1) - low).div_(highest)
-    values = (groups - low.unsqueeze(1)).mul_(reciprocal(scales).unsqueeze(1)).add_(0.5)
-    codes = values.to(torch.int8).clamp_(max=highest)
+    values = torch.sub(groups, low.unsqueeze(1), out=SCRATCH.room("values", groups))
+    codes = _truncated(values.mul_(reciprocal(scales).unsqueeze(1)).add_(0.5)).clamp_(max=highest)
     return {"codes": codes.view(torch.uint8), "scales": to_half(scales), "minimums": to_half(low)}
 
 
@@ -42,7 +44,7 @@ def round_absmax(x: Tensor, size: int = 32) -> Parts:
     """Q8_0: codes -127 to 127, stored with 128 added."""
     groups = x.view(-1, size)
     scales = absmax(groups).div_(127)
-    codes = _round_half_away(groups * reciprocal(scales).unsqueeze(1))
+    codes = _round_half_away(_scaled(groups, reciprocal(scales)))
     return {"codes": codes.view(torch.uint8).bitwise_xor_(128), "scales": to_half(scales)}
 
 
@@ -50,7 +52,7 @@ def round_ternary(x: Tensor, size: int = 256) -> Parts:
     """TQ1_0, TQ2_0: -1, 0, 1 times the absmax of a block; exact for weights that are ternary already."""
     groups = x.view(-1, size)
     scales = absmax(groups)
-    codes = _round_half_away(groups * reciprocal(scales).unsqueeze(1))
+    codes = _round_half_away(_scaled(groups, reciprocal(scales)))
     return {"codes": codes.add_(1).view(torch.uint8), "scales": to_half(scales)}
 
 
@@ -87,8 +89,21 @@ def sign_planes(x: Tensor, importance: Tensor | None, size: int = 128) -> Parts:
 
 
 def absmax(groups: Tensor) -> Tensor:
-    """Return the largest magnitude of each group: (groups, size) to (groups,)."""
-    return torch.maximum(groups.amax(1), groups.amin(1).neg_()).abs_()  # abs: of two zeros the positive one
+    """Return the largest magnitude of each group: (groups, size) to (groups,).
+
+    Magnitudes are ordered as their bits are, and whole numbers are compared twice as fast.
+    """
+    bits = torch.bitwise_and(groups.view(torch.int32), 0x7FFFFFFF, out=SCRATCH.room("bits", groups, torch.int32))
+    return bits.amax(1).view(torch.float32)
+
+
+def _scaled(groups: Tensor, factors: Tensor) -> Tensor:
+    return torch.mul(groups, factors.unsqueeze(1), out=SCRATCH.room("values", groups))
+
+
+def _truncated(values: Tensor) -> Tensor:
+    """Return int8, rounded towards zero as C does."""
+    return SCRATCH.room("codes", values, torch.int8).copy_(values)
 
 
 def _round_half_away(values: Tensor) -> Tensor:
@@ -97,10 +112,11 @@ def _round_half_away(values: Tensor) -> Tensor:
     The largest float32 below 0.5, added with the sign of a value, carries it past the next whole number exactly when its
     fraction is at least one half; 0.5 itself would round 0.49999997 up.
     """
-    return values.add_(torch.copysign(_BELOW_HALF, values)).to(torch.int8)
+    halves = torch.bitwise_and(values.view(torch.int32), -(1 << 31), out=SCRATCH.room("bits", values, torch.int32))
+    return _truncated(values.add_(halves.bitwise_or_(_BELOW_HALF).view(torch.float32)))
 
 
-_BELOW_HALF = torch.tensor(0.5 - 2.0**-25)
+_BELOW_HALF = 0x3EFFFFFF  # the bits of 0.5 - 2**-25
 _E2M1_SLOTS = 32
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit_formats.ggml.scratch import SCRATCH
+
 LEAST = 2.0**-126
 """Smallest normal float32: the reciprocal of anything smaller may be infinite."""
 
@@ -78,10 +80,15 @@ def quotient(above: Tensor, below: Tensor) -> Tensor:
 
 
 def group_extremes(groups: Tensor) -> Tensor:
-    """Return the weight of largest magnitude of each group with its sign, the first of several: (groups, size) to (groups,)."""
-    high, low = groups.amax(1), groups.amin(1)
-    extremes = torch.where(high > -low, high, low)
-    tied = ((high == -low) & (high > 0)).nonzero().squeeze(1)
+    """Return the weight of largest magnitude of each group with its sign, the first of several: (groups, size) to (groups,).
+
+    The bits of floats, read as whole numbers, order positive ones rightly and stay below zero for the others; they are compared
+    twice as fast. A group without a positive weight has some ``high`` that is not above zero.
+    """
+    negated = torch.neg(groups, out=SCRATCH.room("values", groups))
+    high, depth = (values.view(torch.int32).amax(1).view(torch.float32) for values in (groups, negated))
+    extremes = torch.where(high > depth, high, -depth)
+    tied = ((high == depth) & (high > 0)).nonzero().squeeze(1)
     if len(tied):
         first = groups[tied].abs().argmax(1, keepdim=True)
         extremes[tied] = groups[tied].gather(1, first).squeeze(1)

@@ -266,8 +266,8 @@ def _stored(plan: _Plan, name: str, value: Value) -> Tensor:
     """Return a value as the file holds it."""
     heads = plan.heads.get(name)
     if isinstance(value, PackedTensor):
-        if BY_LAYOUT[value.layout].not_finite(value):
-            raise WeightError(f"{name}: a scale is NaN or infinite, and llama.cpp would compute with it")
+        if where := BY_LAYOUT[value.layout].not_finite(value):
+            raise WeightError(f"{name}: {where}, and llama.cpp would compute with it; quantize the weight again")
         blocks = value.buffers["blocks"]
         return interleave(blocks, heads) if heads else blocks
     if heads:

@@ -22,7 +22,7 @@ from lowbit_formats.gguf.architectures import EXACT_NORMS, Architecture, check_h
 from lowbit_formats.gguf.block_types import DEQUANTIZED, FLOATS, BlockType
 from lowbit_formats.gguf.header import MAGIC, Header, TensorInfo
 from lowbit_formats.gguf.keys import Keys
-from lowbit_formats.gguf.layouts import BY_TYPE
+from lowbit_formats.gguf.layouts import BY_LAYOUT, BY_TYPE
 from lowbit_formats.gguf.parts import first_file, read_parts
 
 _KEPT = "general."
@@ -112,13 +112,22 @@ class GgufCheckpoint(Checkpoint):
         return sources
 
     def read(self, name: str) -> Value:
-        """Read one tensor: blocks stay packed, floats keep their dtype, all else becomes float32."""
+        """Read one tensor: blocks stay packed, floats keep their dtype, all else becomes float32.
+
+        Raises CheckpointError for blocks whose scale is NaN or infinite: llama.cpp loads them, and answers NaN.
+        """
         assert self._descriptors, "the checkpoint is closed"
         source, entry = self._by_name[name], self.entries[name]
         if isinstance(entry, PackedSpec):
             rows, width = entry.buffers["blocks"].shape
-            blocks = _raw(source).view(rows, width)
-            return PackedTensor(entry, {"blocks": deinterleave(blocks, source.heads) if source.heads else blocks})
+            packed = PackedTensor(entry, {"blocks": _raw(source).view(rows, width)})
+            if where := BY_LAYOUT[entry.layout].not_finite(packed):
+                raise CheckpointError(
+                    f"{self.path}: {source.info.name}: {where}; the file is damaged, take another copy"
+                )
+            if source.heads:
+                packed = PackedTensor(entry, {"blocks": deinterleave(packed.buffers["blocks"], source.heads)})
+            return packed
         values = _floats(source)
         if source.heads:
             values = deinterleave(values, source.heads)

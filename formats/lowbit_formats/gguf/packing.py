@@ -113,13 +113,21 @@ class BlockPacker(Packer):
             parts["codebook"] = self.codebook.to(blocks.device)
         return QuantizedTensor(packed.scheme, packed.shape, parts)
 
-    def not_finite(self, packed: PackedTensor) -> bool:
-        """Whether a scale in the blocks is NaN or infinite."""
+    def not_finite(self, packed: PackedTensor) -> str | None:
+        """Return where a scale in the blocks is NaN or infinite and what it is, such as ``row 5 has the scale inf``."""
         blocks = aligned(packed.buffers["blocks"]).view(-1, self.type.nbytes)
+        rows = packed.shape[0]
         if not self.floats:
-            return bool((blocks[:, 0] == 0xFF).any())  # E8M0 of MXFP4, whose only NaN is 255
+            wrong = (blocks[:, 0] == 0xFF).nonzero()  # E8M0 of MXFP4, whose only NaN is 255
+            return f"row {int(wrong[0]) // (len(blocks) // rows)} has the scale nan" if len(wrong) else None
         halves = blocks.view(torch.int16)
-        return any(bool((halves[:, at // 2] & _EXPONENT == _EXPONENT).any()) for at in self.floats)
+        for at in self.floats:
+            wrong = (halves[:, at // 2] & _EXPONENT == _EXPONENT).nonzero()
+            if len(wrong):
+                block = int(wrong[0])
+                value = float(halves[block, at // 2].view(torch.float16))
+                return f"row {block // (len(blocks) // rows)} has the scale {value}"
+        return None
 
     def _check_codebook(self, quantized: QuantizedTensor) -> None:
         if self.codebook is not None and not torch.equal(quantized.parts["codebook"].cpu(), self.codebook):

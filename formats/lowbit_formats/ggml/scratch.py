@@ -1,0 +1,40 @@
+"""Memory that a thread uses again for its next piece.
+
+A fresh array of a few megabytes comes from the operating system page by page, and goes back when it is freed; writing to it for
+the first time costs more than the arithmetic. Measured 2026-11-21 (2 cores, torch 2.13): quantizing to Q8_0 takes 1.3 ns a
+weight and thread with arrays that are there, 4.3 ns with new ones.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import torch
+from torch import Tensor
+
+
+class Scratch(threading.local):
+    """Arrays by name, one set for each thread; what ``room`` returned is overwritten when its name is asked for again."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[tuple[str, torch.dtype, bool], Tensor] = {}
+
+    def room(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return an array of the shape of ``like``, its contents unspecified. On a GPU, whose pool keeps memory, a new one."""
+        dtype = dtype or like.dtype
+        if like.device.type != "cpu":
+            return torch.empty_like(like, dtype=dtype)
+        key = (
+            name,
+            dtype,
+            torch.is_inference_mode_enabled(),
+        )  # torch lets no other mode write to an array of inference mode
+        found = self._rooms.get(key)
+        count = math.prod(like.shape)
+        if found is None or found.numel() < count:
+            found = self._rooms[key] = torch.empty(count, dtype=dtype)
+        return found[:count].view(like.shape)
+
+
+SCRATCH = Scratch()
