@@ -1,6 +1,6 @@
 """Quantizing to GGUF types: weights a second, and against llama.cpp's own quantizer and the gguf package in the same run.
 
-``pytest bench/test_ggml.py`` times every type. ``python bench/test_ggml.py`` prints the table of the quantizer's documentation:
+``pytest bench/test_ggml.py`` times every type. ``python bench/test_ggml.py [TYPE...]`` prints the table of the quantizer's documentation:
 seconds of quantizing and packing against the same of ggml's C code limited to as many threads (and of the gguf package's numpy
 for the types that it has), in alternation, and errors against ggml's.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -110,13 +111,13 @@ def test_simple_types_are_faster_than_numpy(name):
     assert speedup(lambda: ours(weight, name), lambda: by_numpy(weight, name), rounds=9) > 1.5
 
 
-def print_table():
+def print_table(names):
     ggml, weight, importance = load_ggml(), make_weight(), make_importance()
     if ggml is None:
         raise SystemExit("Error: llama-cpp-python is not installed; pip install llama-cpp-python")
     print(f"{ROWS}x{COLUMNS} Gaussian weights, {THREADS} threads, quantized and packed; median of 5 alternating runs")
     print(f"{'type':8}{'imatrix':9}{'M weights/s':>12}{'by ggml':>9}{'by numpy':>10}{'error / ggml':>14}")
-    for name in TYPES:
+    for name in names:
         for factors in (None, importance):
             print_row(ggml, weight, name, factors)
 
@@ -144,4 +145,4 @@ def print_row(ggml, weight, name, factors):
 
 if __name__ == "__main__":
     torch.set_num_threads(THREADS)
-    print_table()
+    print_table(sys.argv[1:] or TYPES)

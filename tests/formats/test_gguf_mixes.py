@@ -3,11 +3,16 @@
 import pytest
 import torch
 
-from lowbit.errors import CheckpointError
+from lowbit.convert import convert
+from lowbit.errors import CheckpointError, OptionError
 from lowbit.interfaces import Metadata
 from lowbit.parts import TensorSpec
+from lowbit.plan import Target
+from lowbit.plugins import installed
+from lowbit.recipe import Recipe, Rule
 from lowbit_formats import gguf_mixes
-from lowbit_formats.gguf import GgufExporter
+from lowbit_formats.gguf import GgufExporter, GgufImporter
+from lowbit_formats.gguf.header import read_header
 from lowbit_formats.gguf.layouts import BY_TYPE
 
 LAYERS = 8
@@ -142,3 +147,47 @@ def test_names_that_nobody_knows_get_no_reason():
 def test_a_name_means_its_own_layout(name):
     """Both layouts hold one scheme; the tensors that fall back or get another type have the layout of theirs."""
     assert list(GgufExporter().preferred(name)) == [f"gguf-{name}"]
+
+
+LINEAR = "model.layers.0.mlp.up_proj.weight"
+
+
+def layout_of(path, name=LINEAR):
+    with GgufImporter().open(path) as checkpoint:
+        return checkpoint.entries[name].layout
+
+
+@pytest.fixture
+def floats(gguf_models, tmp_path):
+    """A model of one block, its matrices float16."""
+    recipe = gguf_models.Recipe()
+    recipe.types = dict.fromkeys(recipe.shapes(), "F16") | {
+        name: "F32" for name, shape in recipe.shapes().items() if len(shape) == 1
+    }
+    gguf_models.write(tmp_path / "floats.gguf", recipe)
+    return tmp_path / "floats.gguf"
+
+
+@pytest.mark.parametrize("name", list(GgufExporter().variants()))
+def test_every_type_can_be_asked_for(name, floats, tmp_path):
+    convert(floats, tmp_path / "out.gguf", Target.parse(f"gguf:{name}"), installed(), Recipe(Rule("*", "ggml")))
+    assert layout_of(tmp_path / "out.gguf") == f"gguf-{name}"
+
+
+def test_ternary_weights_move_to_the_layout_that_is_asked_for(floats, tmp_path):
+    """TQ2_0 to TQ1_0 and back: the same codes, 2.06 and 1.69 bits a weight; without a name they stay where they are."""
+    registry = installed()
+    convert(floats, tmp_path / "two.gguf", Target.parse("gguf:tq2_0"), registry, Recipe(Rule("*", "ggml")))
+    convert(tmp_path / "two.gguf", tmp_path / "plain.gguf", Target("gguf"), registry)
+    report = convert(tmp_path / "two.gguf", tmp_path / "one.gguf", Target.parse("gguf:tq1_0"), registry)
+    assert report.error.exact
+    convert(tmp_path / "one.gguf", tmp_path / "again.gguf", Target.parse("gguf:tq2_0"), registry)
+    names = ("two", "plain", "one", "again")
+    assert [layout_of(tmp_path / f"{name}.gguf")[-5:] for name in names] == ["tq2_0", "tq2_0", "tq1_0", "tq2_0"]
+    keys = [read_header(tmp_path / f"{name}.gguf").keys["general.file_type"] for name in ("two", "one")]
+    assert keys == [37, 36]
+
+
+def test_types_that_are_not_written_are_refused_with_the_reason(floats, tmp_path):
+    with pytest.raises(OptionError, match=r"'iq2_xs': IQ2_XS is read here, .*; it has q8_0"):
+        convert(floats, tmp_path / "out.gguf", Target.parse("gguf:iq2_xs"), installed(), Recipe(Rule("*", "ggml")))

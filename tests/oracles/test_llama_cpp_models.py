@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit.convert import convert
+from lowbit.convert import convert, plan_conversion
+from lowbit.interfaces import Calibration
 from lowbit.plan import Target
 from lowbit.plugins import installed
 from lowbit.recipe import NOTHING, Recipe, Rule
+from lowbit.tensors import PackedSpec
 from lowbit_formats import gguf_mixes
+from lowbit_formats.gguf.architectures import BY_MODEL_TYPE
 from lowbit_formats.gguf.header import read_header
 
 transformers = pytest.importorskip("transformers")
@@ -30,11 +33,10 @@ GGML = Recipe(Rule("*", "ggml"))
 PROMPTS = (
     "The capital of France is",
     "def add(a, b):\n    return",
-    "1, 2, 3, 4, 5,",
     "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n",
 )
-LENGTH = 24
-CHUNK, CHUNKS = 512, 4
+LENGTH = 16
+CHUNK, CHUNKS = 256, 2
 PROSE = (random, re, json, argparse, subprocess, unittest, logging.Logger, argparse.ArgumentParser, subprocess.Popen)
 SEARCHED = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
 
@@ -57,6 +59,14 @@ def converted(float16, name):
     path = float16.with_name(f"{name}.gguf")
     if not path.exists():
         convert(float16, path, Target.parse(f"gguf:{name}"), installed(), GGML)
+    return path
+
+
+def by_llama_quantize(llama, float16, name):
+    """The source quantized by llama.cpp to the same file type; made once."""
+    path = float16.with_name(f"{name}-theirs.gguf")
+    if not path.exists():
+        assert llama.quantize(float16, path, gguf_mixes.id_of(name))
     return path
 
 
@@ -112,17 +122,42 @@ def greedy(model, tokens):
 
 
 @pytest.mark.parametrize("name", ["q4_k_m", "q4_0", "q2_k"])
-def test_perplexity_is_no_worse_than_llama_quantizes(name, float16, llama, chunks, tmp_path):
-    assert llama.quantize(float16, tmp_path / "theirs.gguf", gguf_mixes.id_of(name))
-    ours, theirs = (perplexity(llama, path, chunks) for path in (converted(float16, name), tmp_path / "theirs.gguf"))
+def test_perplexity_is_no_worse_than_llama_quantizes(name, float16, llama, chunks):
+    files = converted(float16, name), by_llama_quantize(llama, float16, name)
+    ours, theirs = (perplexity(llama, path, chunks) for path in files)
     assert ours <= 1.005 * theirs
 
 
-@pytest.mark.parametrize("name", ["q4_k_m", "q4_0", "q2_k", "q8_0", "q5_k_s"])
-def test_files_are_like_llama_quantizes(name, float16, llama, tmp_path):
+@pytest.mark.parametrize("calibrated", [False, True], ids=["plain", "imatrix"])
+@pytest.mark.parametrize("name", [name for name in gguf_mixes.NAMES if name not in ("q3_k", "q4_k", "q5_k")])
+def test_plans_have_the_types_that_llama_quantize_gives(name, calibrated, float16, llama):
+    """Rows of 576 weights fall back, and the embedding is tied: what is planned is what is written, layout for layout."""
+    header, registry = read_header(float16), installed()
+    shapes = {info.name: info.shape for info in header.tensors if len(info.shape) == 2}
+    factors = {tensor: np.ones(shape[1], np.float32) for tensor, shape in shapes.items()} if calibrated else None
+    with registry.open(float16) as checkpoint:
+        matrices = {tensor: spec.shape for tensor, spec in checkpoint.entries.items() if len(spec.shape) == 2}
+        ones = {tensor: Calibration(importance=torch.ones(shape[1])) for tensor, shape in matrices.items()}
+        target = Target.parse(f"gguf:{name}")
+        plan = plan_conversion(checkpoint, target, GGML, registry, ones if calibrated else {})
+    expected = llama.planned_types(float16, gguf_mixes.id_of(name), factors)
+    if expected is None:
+        assert name == "q1_0", "llama.cpp has no fallback for rows that no block of Q1_0 fits; here they stay float16"
+        return
+    names = BY_MODEL_TYPE["llama"]
+    found = {
+        names.ggml_name(step.name, 30): step.target.layout.removeprefix("gguf-").upper()
+        for step in plan.steps
+        if isinstance(step.target, PackedSpec)
+    }
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ["q4_k_m", "q4_0", "q2_k", "q8_0"])
+def test_files_are_like_llama_quantizes(name, float16, llama):
     """Every tensor has the same type and, where ggml does not search, the same bytes; so has the key general.file_type."""
-    assert llama.quantize(float16, tmp_path / "theirs.gguf", gguf_mixes.id_of(name))
-    ours, theirs = (read_header(path) for path in (converted(float16, name), tmp_path / "theirs.gguf"))
+    files = converted(float16, name), by_llama_quantize(llama, float16, name)
+    ours, theirs = (read_header(path) for path in files)
     assert ours.keys["general.file_type"] == theirs.keys["general.file_type"] == gguf_mixes.id_of(name)
     by_name = {info.name: info for info in theirs.tensors}
     assert by_name.keys() == {info.name for info in ours.tensors}
@@ -149,6 +184,20 @@ def test_quantized_logits_are_those_of_the_same_weights(name, gguf_source, llama
     theirs.close()
     assert np.abs(found - wanted).mean() < 0.05 * wanted.std()
     assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.998
+
+
+def test_a_split_model_loads_whole(gguf_source, llama, tmp_path):
+    """llama.cpp finds the other files by the name of the first, and checks their numbers and the count of tensors."""
+    convert(gguf_source, tmp_path / "parts", Target.parse("gguf:q8_0"), installed(), GGML, shard_size=4_000_000)
+    convert(gguf_source, tmp_path / "whole.gguf", Target.parse("gguf:q8_0"), installed(), GGML)
+    files = sorted((tmp_path / "parts").glob("*.gguf"))
+    assert len(files) > 2
+    tokens, found = list(range(3, 35)), []
+    for path in (files[0], tmp_path / "whole.gguf"):
+        model = llama.model(path, context=64)
+        found.append(model.logits(tokens))
+        model.close()
+    assert np.array_equal(*found)
 
 
 @pytest.fixture(scope="module")
