@@ -86,6 +86,21 @@ class Quantizer(ABC, Generic[OptionsT]):
         changed: OptionsT = replace(options, **{name: value for name, value in says.items() if name in known})  # type: ignore[type-var]
         return changed
 
+    def codebook(self, options: OptionsT) -> Tensor | None:
+        """Return the entries that these options fix before any data, float32 (2**bits, vector); None, the default, else.
+
+        Some layouts have one codebook, which no scheme names; a quantizer that returns None cannot be stored in them.
+        """
+        return None
+
+    def with_codebook(self, options: OptionsT, codebook: Tensor) -> OptionsT | None:
+        """Return ``options`` changed so that codes mean the entries of ``codebook``, in its order, or None.
+
+        The default changes nothing: it returns the options that do so anyway.
+        """
+        own = self.codebook(options)
+        return options if own is not None and torch.equal(own, codebook) else None
+
     def quantize_block(
         self,
         weights: Mapping[str, Tensor],
@@ -110,6 +125,8 @@ class Packer(ABC):
     layout: ClassVar[str]
     priority: ClassVar[int] = 0
     """Order among packers for formats that store any layout; higher first."""
+    codebook: Tensor | None = None
+    """The entries of the codes, float32 (2**bits, vector), where the layout fixes them: ``pack`` refuses others."""
 
     @abstractmethod
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:

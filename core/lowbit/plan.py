@@ -9,6 +9,7 @@ from enum import Enum
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from lowbit import lift
 from lowbit.errors import NoRouteError, OptionError
@@ -17,8 +18,8 @@ from lowbit.interfaces import Calibration, Checkpoint, Entry, Exporter, MatmulPr
 from lowbit.parts import TensorSpec, part_specs
 from lowbit.recipe import Choice, Recipe, is_linear_name, is_matrix
 from lowbit.registry import Registry
-from lowbit.requantize import choice_for, nearest_choice, way_out
-from lowbit.scheme import Scheme
+from lowbit.requantize import adapt, choice_for, nearest_choice, way_out, with_codebook
+from lowbit.scheme import Grid, Scheme
 from lowbit.tensors import PackedSpec
 
 BASE_MEMORY = 450_000_000
@@ -147,7 +148,9 @@ def make_plan(
     """
     exporter = registry.exporters[target.format]
     wanted = target.wanted(exporter, checkpoint, bool(calibration) or weighs)
-    choices = recipe.choose(checkpoint.entries, registry, wanted)
+    choices = recipe.choose(
+        checkpoint.entries, registry, wanted, _codebooks(checkpoint.entries, registry, target, wanted)
+    )
     planner = _Planner(
         registry, target, wanted if not recipe.quantizes else {}, calibration, recipe.requantize, collects
     )
@@ -180,6 +183,7 @@ class _Planner:
 
     def _quantize(self, name: str, entry: Entry, choice: Choice) -> Step:
         scheme, shape = choice.scheme, (entry.shape[0], entry.shape[1])
+        exporter = self.registry.exporters[self.target.format]
         if isinstance(entry, PackedSpec) and not self.requantize:
             raise OptionError(
                 f"{name} is {entry.scheme.summary()} already, and new codes would round it a second time; leave the quantizer "
@@ -190,7 +194,13 @@ class _Planner:
         if isinstance(entry, PackedSpec):
             self._require_readable(entry)
         scheme = self._storable(scheme, shape)
-        packer = self._route(name, scheme, shape)
+        try:
+            packer = self._route(name, scheme, shape, choice.quantizer.codebook(choice.options))
+        except NoRouteError:
+            adapted = adapt(self.registry, choice, shape, exporter) if self.target.variant is None else None
+            if adapted is None:
+                raise
+            return self._quantize(name, entry, adapted)
         if packer is None:
             dtype = self.target.dtype or (torch.float32 if isinstance(entry, PackedSpec) else entry.dtype)
             return Step(name, Action.QUANTIZE, entry, TensorSpec(dtype, shape), choice)
@@ -206,7 +216,8 @@ class _Planner:
             return self._dequantize(name, entry)
         try:
             scheme = self._exact_scheme(name, entry)
-            packer = self._route(name, scheme, entry.shape)
+            known = self.registry.packers[entry.layout].codebook if entry.layout in self.registry.packers else None
+            packer = self._route(name, scheme, entry.shape, known, fixed=False)
         except NoRouteError as refusal:
             return self._requantize(name, entry, refusal)
         if packer is None:
@@ -236,7 +247,7 @@ class _Planner:
             hint = way_out(self.registry, scheme, shape, self.target.format)
             raise NoRouteError(refusal.question, refusal.reasons, hint) from None
         if wanted := self.wanted.get(name):
-            choice = choice_for(self.registry, wanted, exporter)
+            choice = choice_for(self.registry, wanted, shape, exporter, self._preferred())
         else:
             choice = nearest_choice(self.registry, scheme, shape, exporter)
         if choice is None:
@@ -274,11 +285,42 @@ class _Planner:
         spec = self.registry.exporters[self.target.format].plain(name, spec)
         return Step(name, Action.COPY if spec == entry else Action.CAST, entry, spec)
 
-    def _route(self, name: str, scheme: Scheme, shape: tuple[int, int]) -> Packer | None:
+    def _route(
+        self, name: str, scheme: Scheme, shape: tuple[int, int], codebook: Tensor | None, fixed: bool = True
+    ) -> Packer | None:
+        """Return the packer for codes that mean ``codebook``; None is one that only the data tells.
+
+        A layout with a codebook of its own is refused then, unless the codes exist (not ``fixed``) and may turn out to fit.
+        """
+        preferred = (*self._preferred(), *with_codebook(self.registry, self.target.format, codebook))
         try:
-            return self.registry.route(scheme, shape, self.target.format, self._preferred()).packer
+            packer = self.registry.route(scheme, shape, self.target.format, preferred).packer
         except NoRouteError as error:
             raise NoRouteError(f"{name}: {error.question}", error.reasons, error.hint) from None
+        if packer is None or packer.codebook is None or (codebook is None and not fixed):
+            return packer
+        if codebook is None or not torch.equal(packer.codebook, codebook):
+            question = (
+                f"{name}: format {self.target.format!r} cannot hold a {scheme.summary()} weight with this codebook"
+            )
+            reasons = {packer.layout: "its codes mean fixed values, and those of the weight mean others"}
+            raise NoRouteError(question, reasons, "the format 'native' stores any codebook")
+        return packer
+
+
+def _codebooks(
+    entries: Mapping[str, Entry], registry: Registry, target: Target, wanted: Mapping[str, Scheme]
+) -> dict[str, Tensor]:
+    """Return the codebook that the variant means for each tensor, where its layout has one."""
+    preferred = registry.exporters[target.format].preferred(target.variant) if target.variant else ()
+    found = {
+        name: registry.fixed_codebook(
+            scheme, (entries[name].shape[0], entries[name].shape[1]), target.format, preferred
+        )
+        for name, scheme in wanted.items()
+        if scheme.grid is Grid.CODEBOOK
+    }
+    return {name: codebook for name, codebook in found.items() if codebook is not None}
 
 
 def measured(calibration: Mapping[str, Calibration], name: str) -> frozenset[str]:

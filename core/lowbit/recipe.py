@@ -12,6 +12,8 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
 
+from torch import Tensor
+
 from lowbit.errors import OptionError
 from lowbit.interfaces import Entry, Quantizer
 from lowbit.options import build_options, parse_settings
@@ -66,16 +68,18 @@ class Choice:
         """The scheme that the quantizer gives with these options."""
         return self.quantizer.scheme(self.options)
 
-    def fitted(self, scheme: Scheme, name: str) -> Choice:
-        """Return this choice with options that give ``scheme``; raise OptionError when there are none."""
-        if self.scheme == scheme:
-            return self
-        options = self.quantizer.fit(self.options, scheme)
+    def fitted(self, scheme: Scheme, name: str, codebook: Tensor | None = None) -> Choice:
+        """Return this choice with options that give ``scheme`` (with ``codebook``); raise OptionError when there are none."""
+        options = self.options if self.scheme == scheme else self.quantizer.fit(self.options, scheme)
+        if options is not None and codebook is not None:
+            options = self.quantizer.with_codebook(options, codebook)
         if options is None or self.quantizer.scheme(options) != scheme:
             raise OptionError(
                 f"{name} must become {scheme.summary()}, and quantizer {self.quantizer.name!r} with these options gives "
                 f"{self.scheme.summary()}; choose another quantizer, or leave the format's variant out"
             )
+        if options == self.options:
+            return self
         for key in sorted(self.given):
             asked, needed = getattr(self.options, key), getattr(options, key)
             if asked != needed:
@@ -101,12 +105,16 @@ class Recipe:
         return self.default is not None or any(rule.quantizer != KEEP for rule in self.rules)
 
     def choose(
-        self, entries: Mapping[str, Entry], registry: Registry, wanted: Mapping[str, Scheme] = MappingProxyType({})
+        self,
+        entries: Mapping[str, Entry],
+        registry: Registry,
+        wanted: Mapping[str, Scheme] = MappingProxyType({}),
+        codebooks: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> dict[str, Choice]:
         """Return the choice for every tensor that will be quantized.
 
         ``wanted`` holds the schemes that the format's variant asks for, by tensor; the default quantizer takes these tensors
-        too, and every choice for one of them is fitted to its scheme. Raises OptionError for a rule that matches no weight,
+        too, and every choice for one of them is fitted to its scheme, and to its codebook if the layout has one. Raises OptionError for a rule that matches no weight,
         options that make no sense, or a quantizer that cannot give the wanted scheme; UnknownComponentError for an unknown
         quantizer.
         """
@@ -120,7 +128,7 @@ class Recipe:
             decides = self._rule_for(name, name in wanted)
             choice = choices[id(decides)] if decides else None
             if choice is not None:
-                chosen[name] = choice.fitted(wanted[name], name) if name in wanted else choice
+                chosen[name] = choice.fitted(wanted[name], name, codebooks.get(name)) if name in wanted else choice
         return chosen
 
     def _rule_for(self, name: str, wanted: bool) -> Rule | None:

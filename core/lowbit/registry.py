@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from torch import Tensor
+
 from lowbit.errors import (
     CheckpointError,
     DuplicateComponentError,
@@ -157,9 +159,18 @@ class Registry:
         routes = {name: self._refusals(exporter, scheme, shape) for name, exporter in self.exporters.items()}
         return [name for name, route in routes.items() if isinstance(route, Route) and route.packer is not None]
 
-    def ask(self, scheme: Scheme, shape: tuple[int, int], format: str) -> Route | Mapping[str, str]:
+    def ask(
+        self, scheme: Scheme, shape: tuple[int, int], format: str, preferred: Sequence[str] = ()
+    ) -> Route | Mapping[str, str]:
         """Return the route by which ``format`` stores such a weight, or the refusals by who refused."""
-        return self._refusals(self.exporters[format], scheme, shape)
+        return self._refusals(self.exporters[format], scheme, shape, preferred)
+
+    def fixed_codebook(
+        self, scheme: Scheme, shape: tuple[int, int], format: str, preferred: Sequence[str] = ()
+    ) -> Tensor | None:
+        """Return the codebook of the layout by which ``format`` stores such a weight; None where codebooks are free."""
+        route = self.ask(scheme, shape, format, preferred)
+        return route.packer.codebook if isinstance(route, Route) and route.packer else None
 
     def _refusals(
         self, exporter: Exporter, scheme: Scheme, shape: tuple[int, int], preferred: Sequence[str] = ()

@@ -7,10 +7,13 @@ from the first installed quantizer that gives the nearest scheme the format stor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
 
 from lowbit import lift
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, OptionError
 from lowbit.exact import exact_scheme
 from lowbit.interfaces import Exporter, Quantizer
 from lowbit.options import build_options
@@ -50,17 +53,20 @@ def way_out(registry: Registry, scheme: Scheme, shape: tuple[int, int], format: 
 def nearest_choice(registry: Registry, scheme: Scheme, shape: tuple[int, int], exporter: Exporter) -> Choice | None:
     """Return a quantizer with options for the scheme nearest to ``scheme`` that the format stores; None when there is none."""
     for target in nearest_schemes(registry, scheme, shape, exporter):
-        if choice := choice_for(registry, target, exporter):
+        if choice := choice_for(registry, target, shape, exporter):
             return choice
     return None
 
 
-def choice_for(registry: Registry, target: Scheme, exporter: Exporter) -> Choice | None:
+def choice_for(
+    registry: Registry, target: Scheme, shape: tuple[int, int], exporter: Exporter, preferred: Sequence[str] = ()
+) -> Choice | None:
     """Return the first installed quantizer that gives exactly ``target``, with its options; the format's own favourites first."""
+    codebook = registry.fixed_codebook(target, shape, exporter.format, preferred)
     favourites = [registry.quantizers[name] for name in exporter.quantizers if name in registry.quantizers]
     others = [quantizer for quantizer in registry.quantizers.values() if quantizer not in favourites]
     for quantizer in (*favourites, *others):
-        options = _fit(quantizer, target)
+        options = _fit(quantizer, target, codebook)
         if options is not None and not quantizer.needs_for(options):
             return Choice(quantizer, options)
     return None
@@ -103,9 +109,33 @@ def _distance(source: Scheme, other: Scheme, shape: tuple[int, int]) -> tuple[ob
     )
 
 
-def _fit(quantizer: Quantizer[object], target: Scheme) -> object | None:
+def adapt(registry: Registry, choice: Choice, shape: tuple[int, int], exporter: Exporter) -> Choice | None:
+    """Return the choice with those options that the user did not set changed to a variant of the format, the first that fits.
+
+    So that ``--quantizer kbit --format bitsandbytes`` needs no table and no dtype of scales. None where nothing fits.
+    """
+    for variant, scheme in exporter.variants().items():
+        codebook = registry.fixed_codebook(scheme, shape, exporter.format, exporter.preferred(variant))
+        try:
+            return choice.fitted(scheme, "it", codebook)
+        except OptionError:
+            continue
+    return None
+
+
+def with_codebook(registry: Registry, format: str, codebook: Tensor | None) -> list[str]:
+    """Return the layouts of a format whose codes mean exactly the entries of ``codebook``."""
+    if codebook is None:
+        return []
+    packers = [registry.packers[layout] for layout in registry.exporters[format].layouts or ()]
+    return [it.layout for it in packers if it.codebook is not None and torch.equal(it.codebook, codebook)]
+
+
+def _fit(quantizer: Quantizer[object], target: Scheme, codebook: Tensor | None) -> object | None:
     try:
         options = quantizer.fit(build_options(quantizer.Options, {}, quantizer.name), target)
+        if options is not None and codebook is not None:
+            options = quantizer.with_codebook(options, codebook)
         return options if options is not None and quantizer.scheme(options) == target else None
     except (LowbitError, TypeError):  # a required option, or one that the target's numbers break: not this quantizer
         return None

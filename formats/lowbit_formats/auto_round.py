@@ -114,13 +114,13 @@ class AutoRoundExporter(FolderExporter):
             "provider": f"lowbit {lowbit.__version__}",
         }
 
-    def left_out(self) -> frozenset[str]:
+    def derived(self) -> frozenset[str]:
         """Return g_idx, which is always sequential here."""
         return frozenset({"g_idx"})
 
     def stored(self, packed: PackedTensor, config: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """Return every buffer but g_idx."""
-        return {name: buffer for name, buffer in packed.buffers.items() if name not in self.left_out()}
+        return {name: buffer for name, buffer in packed.buffers.items() if name not in self.derived()}
 
 
 def _check(config: Mapping[str, Any], where: str) -> None:

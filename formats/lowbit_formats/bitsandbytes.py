@@ -15,7 +15,7 @@ The tensors of a module ``P``; the layouts (``bitsandbytes_layout``) say what is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -120,11 +120,13 @@ class BitsAndBytesExporter(FolderExporter):
     quantizers = ("kbit",)
 
     def variants(self) -> Mapping[str, Scheme]:
-        """Return NF4 with the usual blocks of 64, and with double quantization."""
-        return {
-            "nf4": Scheme(Grid.CODEBOOK, 4, 64, scales=SINGLE, flat=True),
-            "nf4-double": Scheme(Grid.CODEBOOK, 4, 64, scales=DOUBLE, flat=True),
-        }
+        """Return NF4 and FP4 with the usual blocks of 64, and with double quantization."""
+        plain, double = (Scheme(Grid.CODEBOOK, 4, 64, scales=scales, flat=True) for scales in (SINGLE, DOUBLE))
+        return {"nf4": plain, "fp4": plain, "nf4-double": double, "fp4-double": double}
+
+    def preferred(self, variant: str) -> Sequence[str]:
+        """Return the layout of the table that the variant names; the schemes are the same."""
+        return [f"bnb-{variant.partition('-')[0]}"]
 
     def quantization_config(self, packed: Mapping[str, PackedSpec], plain: Collection[str]) -> dict[str, Any]:
         """Return the fields of transformers' BitsAndBytesConfig; each module says by itself what it is."""

@@ -75,6 +75,7 @@ class Bnb4bitPacker(Packer):
     def __init__(self, quant_type: str) -> None:
         self.quant_type = quant_type
         self.table = TABLES[quant_type]
+        self.codebook = self.table[:, None]
         self.layout = f"bnb-{quant_type}"  # type: ignore[misc]  # one instance a layout, each with its own name
 
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:

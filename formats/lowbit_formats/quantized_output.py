@@ -53,13 +53,13 @@ class FolderExporter(Exporter):
 
     def tensor_specs(self, spec: PackedSpec) -> Mapping[str, TensorSpec]:
         """Return the tensors of a module by suffix, before there is data; the default has those of ``stored``."""
-        return {suffix: found for suffix, found in spec.buffers.items() if suffix not in self.left_out()}
+        return {suffix: found for suffix, found in spec.buffers.items() if suffix not in self.derived()}
 
     def stored(self, packed: PackedTensor, config: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """Return the tensors of a module by suffix, under the quantization_config; the default stores every buffer."""
         return packed.buffers
 
-    def left_out(self) -> frozenset[str]:
+    def derived(self) -> frozenset[str]:
         """Return the buffers that ``stored`` leaves out, because a reader can make them."""
         return frozenset()
 

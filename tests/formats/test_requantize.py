@@ -142,3 +142,48 @@ def test_mlx_keeps_embeddings_packed(tmp_path):
     embedding = REGISTRY.packers["plain"].pack(samples.quantized(scheme, SHAPE, 3))
     report = requantize(tmp_path, scheme, "mlx", Recipe(), **{EMBED: embedding})
     assert isinstance(report.plan.entries[EMBED], PackedSpec)
+
+
+def floats_folder(path):
+    """Write a folder with two plain weights, one with rows that no block of 64 divides."""
+    values = {UP: torch.randn(SHAPE), UP.replace("up", "down"): torch.randn(48, 100)}
+    entries = {name: TensorSpec.of(value) for name, value in values.items()}
+    REGISTRY.exporters["hf"].write(path, entries, iter(values.items()), Metadata({"model_type": "llama"}))
+    return path
+
+
+@pytest.mark.parametrize(("variant", "layout"), [("", "bnb-nf4"), (":nf4", "bnb-nf4"), (":fp4", "bnb-fp4")])
+def test_a_quantizer_takes_the_format_s_codebook_and_flat_groups(tmp_path, variant, layout):
+    target = Target.parse(f"bitsandbytes{variant}")
+    report = convert(floats_folder(tmp_path / "in"), tmp_path / "out", target, REGISTRY, Recipe(Rule("*", "kbit")))
+    assert {spec.layout for spec in report.plan.entries.values()} == {layout}
+    assert 0.05 < report.error.relative < 0.15
+
+
+@pytest.mark.parametrize("settings", [{"bits": "3"}, {"group_size": "32"}, {"codebook": "int"}])
+def test_options_that_the_user_set_are_never_changed_to_suit_a_format(tmp_path, settings):
+    recipe = Recipe(Rule("*", "kbit", settings))
+    with pytest.raises(NoRouteError, match="format 'bitsandbytes' cannot hold"):
+        convert(floats_folder(tmp_path / "in"), tmp_path / "out", Target("bitsandbytes"), REGISTRY, recipe)
+
+
+def test_a_learned_codebook_is_refused_before_work_where_the_layout_has_its_own(tmp_path):
+    settings = {"bits": "4", "group_size": "64", "flat": "true", "scale_dtype": "float32", "codebook": "learned"}
+    recipe = Recipe(Rule("*", "kbit", settings))
+    with pytest.raises(NoRouteError, match=r"cannot hold a .* weight with this codebook \(bnb-nf4: its codes mean"):
+        convert(floats_folder(tmp_path / "in"), tmp_path / "out", Target("bitsandbytes"), REGISTRY, recipe)
+
+
+def test_one_fixed_codebook_does_not_become_another(tmp_path):
+    convert(
+        floats_folder(tmp_path / "in"),
+        tmp_path / "fp4",
+        Target("bitsandbytes", "fp4"),
+        REGISTRY,
+        Recipe(Rule("*", "kbit")),
+    )
+    with pytest.raises(NoRouteError, match="with this codebook"):
+        convert(tmp_path / "fp4", tmp_path / "out", Target("bitsandbytes", "nf4"), REGISTRY)
+    report = convert(tmp_path / "fp4", tmp_path / "out", Target("bitsandbytes", "nf4"), REGISTRY, ALLOWED)
+    assert {spec.layout for spec in report.plan.entries.values()} == {"bnb-nf4"}
+    assert convert(tmp_path / "fp4", tmp_path / "same", Target("bitsandbytes"), REGISTRY).error.exact

@@ -4,11 +4,16 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from lowbit import installed
+from lowbit.convert import convert
+from lowbit.diff import floats
 from lowbit.grids import dequantize
 from lowbit.interfaces import Metadata
 from lowbit.parts import TensorSpec
+from lowbit.plan import Target
+from lowbit.recipe import Recipe, Rule
 from lowbit.tensors import PackedTensor
 from lowbit_formats.bitsandbytes import PACKERS, BitsAndBytesExporter, BitsAndBytesImporter
 from lowbit_formats.bitsandbytes_layout import BLOCK_SIZES, TABLES
@@ -120,6 +125,33 @@ def test_transformers_loads_a_written_model_with_the_same_weights(tmp_path):
     tokens = torch.arange(12)[None]
     with torch.no_grad():
         assert torch.allclose(loaded(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("scale", [{}, {"scale": "search"}], ids=["absmax", "search"])
+@pytest.mark.parametrize("shape", [(48, 128), (33, 77)], ids=["whole rows", "groups across rows"])
+def test_a_quantizer_s_codes_are_read_and_no_worse_than_theirs(quant_type, scale, shape, tmp_path):
+    """lowbit convert -q kbit --format bitsandbytes:TYPE; searched scales may be negative, and bitsandbytes multiplies by them."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    save_file({f"{NAME}.weight": weight}, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    report = convert(source, out, Target("bitsandbytes", quant_type), installed(), Recipe(Rule("*", "kbit", scale)))
+    stored = load_file(out / "model.safetensors")
+    parts = {
+        name.removeprefix(f"{NAME}.weight.").removeprefix(f"{NAME}."): tensor
+        for name, tensor in stored.items()
+        if name != f"{NAME}.weight"
+    }
+    state = functional.QuantState.from_dict(parts, torch.device("cpu"))
+    found = functional.dequantize_4bit(stored[f"{NAME}.weight"], state).float()
+    with installed().open(out) as checkpoint:
+        assert torch.equal(floats(checkpoint, f"{NAME}.weight", installed()), found)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type=quant_type, compress_statistics=False)
+    own = (functional.dequantize_4bit(packed, state) - weight).square().mean()
+    assert (found - weight).square().mean() <= own * (0.95 if scale else 1.001)
+    assert report.error.max_abs == float((found - weight).abs().max())
 
 
 def quantized_by_them(tensor, kind, double, folder):

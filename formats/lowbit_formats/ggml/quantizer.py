@@ -43,6 +43,10 @@ class GgmlQuantizer(Quantizer[GgmlOptions]):
             return None
         return options if options.type in types else replace(options, type=cast(TypeName, types[0]))
 
+    def codebook(self, options: GgmlOptions) -> Tensor | None:
+        """Return the table of the type, if it has one."""
+        return PACKER_OF[options.type].codebook
+
     def quantize(self, weight: Tensor, options: GgmlOptions, calibration: Calibration | None = None) -> QuantizedTensor:
         """Quantize ``weight`` (out, in), pieces of rows in parallel.
 

@@ -58,6 +58,10 @@ class KbitOptions:
     entries: str | None = field(
         default=None, metadata={"help": "with codebook=user its 2**bits numbers, such as -1/-0.3/0.3/1, none above 1"}
     )
+    flat: bool = field(
+        default=False,
+        metadata={"help": "groups run over the weight row after row and may cross rows, as those of bitsandbytes do"},
+    )
     seed: int = field(
         default=0, metadata={"help": "chooses the groups that a learned codebook is fitted to, and stochastic codes"}
     )
@@ -73,6 +77,8 @@ class KbitOptions:
         _check_choice("rounding", self.rounding, get_args(Rounding))
         if self.scale_bits is not None:
             _check_range("scale_bits", self.scale_bits, *SCALE_BITS, also=", or none for a float each")
+        if self.flat and (self.scale_bits is not None or self.group_size is None):
+            raise OptionError("kbit option flat goes with a group_size and a float for each scale (scale_bits=none)")
         if (self.codebook == "user") != (self.entries is not None):
             raise OptionError(
                 f"kbit option entries goes with codebook=user, got codebook={self.codebook} and entries={self.entries}"
@@ -87,9 +93,9 @@ class KbitOptions:
 
 
 def user_entries(text: str, bits: int) -> list[float]:
-    """Return the ascending entries that ``text`` lists, separated by ``/``, commas or spaces; raise OptionError for other text."""
+    """Return the entries that ``text`` lists, separated by ``/``, commas or spaces; raise OptionError for other text."""
     try:
-        found = sorted(float(word) for word in text.replace("/", " ").replace(",", " ").split())
+        found = [float(word) for word in text.replace("/", " ").replace(",", " ").split()]
     except ValueError:
         found = []
     if len(found) != 2**bits or not all(abs(entry) <= 1 for entry in found) or not any(found):
