@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import WeightError
-from lowbit_cuda.launch import LoadedKernel, check_buffer, load
+from lowbit_cuda.loaded import LoadedKernel, check_buffer, load
 from lowbit_cuda.program import KernelProgram
 from lowbit_kbit.arithmetic import NOT_FINITE, overflow
 from lowbit_kbit.tables import SearchTables, search_tables
@@ -124,6 +124,7 @@ def quantize(
     scales: Tensor,
     seed: int | None = None,
     first_row: int = 0,
+    check: bool = True,
 ) -> None:
     """Fill ``codes`` uint8 (out, in), and ``scales`` (out, groups) unless ``rule`` is ``given``, for groups along the rows.
 
@@ -136,6 +137,7 @@ def quantize(
         scales: Contiguous, float16, bfloat16 or float32.
         seed: Draws random numbers for stochastic rounding; None rounds to nearest.
         first_row: Where ``weight`` starts in the whole weight, for those numbers.
+        check: Look for what is refused, which waits for the GPU; False to capture the launch.
 
     Raises WeightError for NaN, infinity, or an extreme that the scales cannot hold.
     """
@@ -164,6 +166,8 @@ def quantize(
         np.float32(tables.step),
         np.float32(tables.start),
     )
+    if not check:
+        return
     broken, largest = status.tolist()
     if broken:
         raise WeightError(NOT_FINITE)
@@ -184,8 +188,11 @@ def why_not_quantize(weight: Tensor, group: int) -> str | None:
     return None
 
 
-def repack(source: str, target: str, bits: int, buffer: Tensor, count: int, out: Tensor) -> None:
-    """Write ``count`` codes of one layout into ``out`` in another. Raises WeightError for a byte that is no code."""
+def repack(source: str, target: str, bits: int, buffer: Tensor, count: int, out: Tensor, check: bool = True) -> None:
+    """Write ``count`` codes of one layout into ``out`` in another.
+
+    Raises WeightError for a byte that is no code, unless ``check`` is False, as it must be to capture the launch.
+    """
     check_buffer("the source", buffer)
     check_buffer("the target", out)
     status = torch.zeros(1, dtype=torch.int32, device=buffer.device)
@@ -193,7 +200,7 @@ def repack(source: str, target: str, bits: int, buffer: Tensor, count: int, out:
     _load(repack_program(source, target, bits), buffer)(
         max(1, -(-threads // THREADS)), THREADS, buffer, out, np.uint64(count), status
     )
-    if source == "Codes" and int(status):
+    if check and source == "Codes" and int(status):
         raise WeightError(f"a code does not fit {bits} bits; the quantizer that made it is broken")
 
 
