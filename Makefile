@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-MEMBERS := plugins/kbit plugins/spqr plugins/autoround plugins/qtip
+MEMBERS := plugins/kbit plugins/spqr plugins/autoround plugins/qtip plugins/binary
 READY := $(VENV)/.ready
 ORACLES := $(VENV)/.oracles
 
@@ -41,7 +41,7 @@ matrix: $(READY)  ## write the current matrix into the README
 picture: $(READY)  ## run the demo and keep its table as bench/demo.svg
 	$(RUN) bench/demo.py --picture bench/demo.svg
 
-# The build tools go in first, so that the five editable distributions need no build environment each.
+# The build tools go in first, so that the six editable distributions need no build environment each.
 $(READY): constraints.txt pyproject.toml $(MEMBERS:%=%/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit("lowbit needs Python 3.10 or newer, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)

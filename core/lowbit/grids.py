@@ -20,15 +20,23 @@ from lowbit.workers import map_ranges
 
 
 def dequantize(quantized: QuantizedTensor) -> Tensor:
-    """Return the weight (out, in) in float32; on a CPU row by row in parallel where no part mixes rows."""
-    if not quantized.row_separable or quantized.parts["codes"].device.type != "cpu":
+    """Return the weight (out, in) in float32; on a CPU row by row in parallel where no part but outliers mixes rows."""
+    if not quantized.dense.row_separable or next(iter(quantized.parts.values())).device.type != "cpu":
         return _dequantize(quantized)
     weight = torch.empty(quantized.shape)
 
     def fill(start: int, stop: int) -> None:
-        weight[start:stop] = _dequantize(quantized.rows(start, stop))
+        weight[start:stop] = decode_rows(quantized, start, stop)
 
     map_ranges(fill, *quantized.shape)
+    return weight
+
+
+def decode_rows(quantized: QuantizedTensor, start: int, stop: int) -> Tensor:
+    """Return rows start to stop of the weight in float32; only where ``quantized.dense`` is row separable."""
+    weight = _dequantize(quantized.dense.rows(start, stop))
+    if quantized.scheme.outliers:
+        weight += outlier_matrix(quantized, start, stop)
     return weight
 
 
@@ -84,14 +92,15 @@ def hadamard(values: Tensor, block: int) -> Tensor:
     return (out.reshape(-1, block) * (1 / math.sqrt(block))).reshape(values.shape)
 
 
-def outlier_matrix(quantized: QuantizedTensor) -> Tensor:
-    """Return the outliers as a dense float32 matrix (out, in), zero elsewhere."""
-    parts, (rows, columns) = quantized.parts, quantized.shape
-    counts = parts["outlier_rows"].diff()
-    row = torch.repeat_interleave(torch.arange(rows, device=counts.device), counts)
-    column = parts["outlier_columns"].long()
-    matrix = torch.zeros(rows, columns, device=counts.device)
-    return matrix.index_put_((row, column), parts["outlier_values"].float(), accumulate=True)
+def outlier_matrix(quantized: QuantizedTensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """Return the outliers of rows start to stop as a dense float32 matrix (stop - start, in), zero elsewhere."""
+    parts, columns = quantized.parts, quantized.shape[1]
+    ends = parts["outlier_rows"][start : quantized.shape[0] + 1 if stop is None else stop + 1]
+    inside = slice(int(ends[0]), int(ends[-1]))
+    row = torch.repeat_interleave(torch.arange(len(ends) - 1, device=ends.device), ends.diff())
+    place = (row, parts["outlier_columns"][inside].long())
+    matrix = torch.zeros(len(ends) - 1, columns, device=ends.device)
+    return matrix.index_put_(place, parts["outlier_values"][inside].float(), accumulate=True)
 
 
 def _affine(quantized: QuantizedTensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.grids import dequantize
+from lowbit.grids import decode_rows, dequantize
 from lowbit.tensors import QuantizedTensor
 from lowbit.workers import map_ranges
 
@@ -60,10 +60,10 @@ def compare(reference: Tensor, result: Tensor) -> ErrorSum:
 
 def measure(weight: Tensor, quantized: QuantizedTensor) -> ErrorSum:
     """Compare a weight with what its codes mean, a piece at a time, so that no whole float32 copy exists."""
-    if not quantized.row_separable or weight.device.type != "cpu":
+    if not quantized.dense.row_separable or weight.device.type != "cpu":
         return compare(weight, dequantize(quantized))
     pieces = map_ranges(
-        lambda start, stop: _compare(weight[start:stop].reshape(-1), dequantize(quantized.rows(start, stop)).view(-1)),
+        lambda start, stop: _compare(weight[start:stop].reshape(-1), decode_rows(quantized, start, stop).view(-1)),
         *quantized.shape,
     )
     return sum(pieces, ErrorSum())

@@ -6,7 +6,7 @@ With G = ``scheme.groups(shape)`` and ``(out, in)`` the weight's shape (flat sch
     codes                    AFFINE CODEBOOK         uint8 (int32 above 8 bits), (out, ceil(in / vector))
     codes                    TRELLIS                 int16, (tiles out, tiles in, words): big-endian bits, first bit on top
     planes                   BINARY sum              uint8 0/1, (planes, out, in); 1 means +
-    left, right              BINARY product          uint8 0/1, (out, rank) and (rank, in)
+    left, right              BINARY product          uint8 0/1, (out, rank) and (rank, in); a rate gives the rank by shape
     codebook                 CODEBOOK, lut, hyb      float32, (2**bits, vector) or (2**table_bits, step_weights)
     scales                   all but product         float, (out, G); BINARY: (planes, out, G); two-level: uint8 or int8
     row/middle/column_scales BINARY product          float, (out,) (rank,) (in,)
@@ -108,11 +108,11 @@ def _binary_parts(scheme: Scheme, shape: tuple[int, int]) -> Iterator[tuple[str,
     binary, dtype = scheme.binary, torch_dtype(scheme.scales.dtype)
     assert binary is not None
     if binary.form is BinaryForm.PRODUCT:
-        assert binary.rank is not None
-        yield "left", TensorSpec(torch.uint8, (shape[0], binary.rank))
-        yield "right", TensorSpec(torch.uint8, (binary.rank, shape[1]))
+        inner = binary.inner(shape)
+        yield "left", TensorSpec(torch.uint8, (shape[0], inner))
+        yield "right", TensorSpec(torch.uint8, (inner, shape[1]))
         yield "row_scales", TensorSpec(dtype, (shape[0],))
-        yield "middle_scales", TensorSpec(dtype, (binary.rank,))
+        yield "middle_scales", TensorSpec(dtype, (inner,))
         yield "column_scales", TensorSpec(dtype, (shape[1],))
         return
     yield "planes", TensorSpec(torch.uint8, (binary.planes, *shape))

@@ -166,20 +166,38 @@ class Trellis:
 
 @dataclass(frozen=True, slots=True)
 class Binary:
-    """Sign planes: ``planes`` of them added (each with its own scales), or a product of two with ``rank`` in the middle."""
+    """Sign planes: ``planes`` of them added (each with its own scales), or a product of two with a dimension between them.
+
+    The inner dimension of a product is ``rank``, or follows from ``rate``, the bits of both sign matrices for each weight of a
+    shape: one scheme then serves weights of every shape.
+    """
 
     planes: int = 1
     form: BinaryForm = BinaryForm.SUM
     rank: int | None = None
     column_scales: bool = False
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.planes < 1:
             raise SchemeError(f"binary planes must be positive, got {self.planes}")
-        if (self.form is BinaryForm.PRODUCT) != (self.rank is not None):
-            raise SchemeError(f"binary rank goes with the product form only, got {self.rank} for {self.form.value}")
+        if (self.form is BinaryForm.PRODUCT) != (self.rank is not None or self.rate is not None):
+            raise SchemeError(
+                f"binary rank or rate goes with the product form only, got {self.rank} and {self.rate} for {self.form.value}"
+            )
+        if self.rank is not None and self.rate is not None:
+            raise SchemeError(f"a binary product has a rank or a rate, got both: {self.rank} and {self.rate}")
         if self.rank is not None and self.rank < 1:
             raise SchemeError(f"binary rank must be positive, got {self.rank}")
+        if self.rate is not None and not 0 < self.rate <= 16:
+            raise SchemeError(f"binary rate must be above 0 and at most 16, got {self.rate}")
+
+    def inner(self, shape: tuple[int, int]) -> int:
+        """Return the inner dimension of a product of ``shape`` (out, in): rank, or rate * out * in / (out + in), rounded."""
+        if self.rate is None:
+            assert self.rank is not None
+            return self.rank
+        return max(1, round(self.rate * shape[0] * shape[1] / (shape[0] + shape[1])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +288,15 @@ class Scheme:
         """The code that means zero on a symmetric affine grid."""
         return self.code_count // 2
 
+    @property
+    def rate(self) -> float:
+        """Bits of codes for each weight, scales and add-ons not counted."""
+        if self.trellis:
+            return self.trellis.tile_bits / math.prod(self.trellis.tile)
+        if self.binary and self.binary.rate:
+            return self.binary.rate
+        return self.bits / self.vector
+
     def groups(self, shape: tuple[int, int]) -> int:
         """Groups in a row of a weight of ``shape`` (with ``flat``: in the whole weight); the last may be short."""
         length = shape[0] * shape[1] if self.flat else shape[1]
@@ -288,15 +315,6 @@ class Scheme:
         return " ".join(parts + [f"+{name}" for name, value in addons.items() if value])
 
     def to_json(self) -> dict[str, Any]:
-    @property
-    def rate(self) -> float:
-        """Bits of codes for each weight, scales and add-ons not counted."""
-        if self.trellis:
-            return self.trellis.tile_bits / math.prod(self.trellis.tile)
-        if self.binary and self.binary.rate:
-            return self.binary.rate
-        return self.bits / self.vector
-
         """Return a JSON document; fields at their default are left out, so that files stay readable."""
         return {"version": SCHEME_VERSION, **to_document(self)}
 
@@ -328,7 +346,7 @@ def _check_grid(scheme: Scheme) -> None:
         )
     if scheme.binary and (scheme.flat or scheme.scales.two_level):
         raise SchemeError("binary planes have one float scale a group: flat groups and two-level scales do not apply")
-    if scheme.binary and scheme.binary.rank and (scheme.group_size or scheme.permutation):
+    if scheme.binary and scheme.binary.form is BinaryForm.PRODUCT and (scheme.group_size or scheme.permutation):
         raise SchemeError("a binary product has scales for rows, rank and columns: it has no groups to size or permute")
     if scheme.grid is not Grid.AFFINE and not scheme.symmetric:
         raise SchemeError(f"only an affine grid has a zero of its own, got {scheme.zero.value} on {scheme.grid.value}")

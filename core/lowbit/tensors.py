@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from lowbit.errors import SchemeError, WeightError
 from lowbit.parts import TensorSpec, part_specs
-from lowbit.scheme import Across, Grid, Scheme, Zero
+from lowbit.scheme import Across, BinaryForm, Grid, Scheme, Zero
 
 _ROW_PARTS = frozenset(
     f"{prefix}{name}{suffix}"
@@ -43,7 +43,7 @@ class QuantizedTensor:
         """Whether ``rows`` can cut this weight: no part mixes rows."""
         scheme = self.scheme
         return (
-            scheme.grid in (Grid.AFFINE, Grid.CODEBOOK)
+            (scheme.grid in (Grid.AFFINE, Grid.CODEBOOK) or _is_sum(scheme))
             and not (scheme.flat or scheme.outliers or (scheme.rotation and scheme.rotation.out_block))
             and scheme.scales.across is Across.GROUPS
         )
@@ -52,8 +52,19 @@ class QuantizedTensor:
         """Return rows start to stop as a view; only when ``row_separable``."""
         assert self.row_separable
         shape = (stop - start, self.shape[1])
-        parts = {name: part[start:stop] if name in _ROW_PARTS else part for name, part in self.parts.items()}
-        return QuantizedTensor(self.scheme, shape, parts)
+        if _is_sum(self.scheme):  # planes come first
+            cut = {name: self.parts[name][:, start:stop] for name in ("planes", "scales")}
+        else:
+            cut = {name: part[start:stop] for name, part in self.parts.items() if name in _ROW_PARTS}
+        return QuantizedTensor(self.scheme, shape, {**self.parts, **cut})
+
+    @property
+    def dense(self) -> QuantizedTensor:
+        """The same weight without its outliers, sharing memory."""
+        if not self.scheme.outliers:
+            return self
+        parts = {name: part for name, part in self.parts.items() if not name.startswith("outlier_")}
+        return QuantizedTensor(replace(self.scheme, outliers=None), self.shape, parts)
 
     def validate(self, name: str = "weight") -> None:
         """Raise WeightError when a code is out of range or a float part is not finite; ``name`` goes into the sentence."""
@@ -118,6 +129,10 @@ class PackedTensor:
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
         return self.spec.shape
+
+
+def _is_sum(scheme: Scheme) -> bool:
+    return scheme.binary is not None and scheme.binary.form is BinaryForm.SUM
 
 
 def bit_equal(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -138,6 +138,17 @@ CASES = {
             "column_scales": (F16, (64,)),
         },
     ),
+    "DBF at a rate: 1.5 bits for each of 4 * 64 weights make 384 signs, 5.65 for each row and column": (
+        Scheme(Grid.BINARY, 1, binary=Binary(1, BinaryForm.PRODUCT, rate=1.5)),
+        (4, 64),
+        {
+            "left": (U8, (4, 6)),
+            "right": (U8, (6, 64)),
+            "row_scales": (F16, (4,)),
+            "middle_scales": (F16, (6,)),
+            "column_scales": (F16, (64,)),
+        },
+    ),
     "act-order and an input rotation": (
         Scheme(Grid.AFFINE, 4, 32, permutation=True, rotation=Rotation(32)),
         (4, 64),

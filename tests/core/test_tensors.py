@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowbit import Grid, PackedSpec, PackedTensor, QuantizedTensor, Scheme, TensorSpec, Zero, dequantize
+from lowbit import Grid, Outliers, PackedSpec, PackedTensor, QuantizedTensor, Scheme, TensorSpec, Zero, dequantize
 from lowbit.errors import SchemeError, WeightError
+from lowbit.grids import decode_rows
 from lowbit.tensors import bit_equal
 from lowbit.testing import samples, strategies
 
@@ -70,6 +73,30 @@ def test_rows_decode_like_the_whole(quantized, data):
     start = data.draw(st.integers(0, quantized.shape[0] - 1))
     stop = data.draw(st.integers(start + 1, quantized.shape[0]))
     assert bit_equal(dequantize(quantized.rows(start, stop)), dequantize(quantized)[start:stop])
+
+
+@given(strategies.any_quantized(), st.data())
+def test_decoded_rows_are_those_of_the_whole_outliers_and_all(quantized, data):
+    if not quantized.dense.row_separable:
+        return
+    start = data.draw(st.integers(0, quantized.shape[0] - 1))
+    stop = data.draw(st.integers(start + 1, quantized.shape[0]))
+    assert bit_equal(decode_rows(quantized, start, stop), dequantize(quantized)[start:stop])
+
+
+def test_dense_is_the_weight_without_its_outliers():
+    scheme = Scheme(Grid.AFFINE, 4, 32, outliers=Outliers(0.1))
+    quantized = samples.quantized(scheme, SHAPE)
+    assert quantized.dense.scheme == replace(scheme, outliers=None)
+    assert quantized.dense.parts.keys() == quantized.parts.keys() - {
+        "outlier_rows",
+        "outlier_columns",
+        "outlier_values",
+    }
+    dense = quantized.dense
+    assert dense.dense is dense
+    sparse = dequantize(quantized) - dequantize(quantized.dense)
+    assert int((sparse != 0).sum()) == len(quantized.parts["outlier_values"])
 
 
 def test_packed_tensors_fit_their_specs():

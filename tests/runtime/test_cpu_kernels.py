@@ -137,7 +137,7 @@ def test_rows_takes_exactly_what_can_be_cut_into_rows(quantized):
     kernel = RowsKernel(lowbit.installed().packers)
     problem = MatmulProblem("plain", quantized.scheme, quantized.shape)
     if lowbit.installed().packers["plain"].why_not(quantized.scheme, quantized.shape) is None:
-        assert (kernel.why_not(problem) is None) == (quantized.row_separable and quantized.scheme.bits <= 8)
+        assert (kernel.why_not(problem) is None) == (quantized.dense.row_separable and quantized.scheme.bits <= 8)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_rows_takes_exactly_what_can_be_cut_into_rows(quantized):
     [
         (RowsKernel, {"device": "cuda"}, "runs on cpu, not on cuda"),
         (RowsKernel, {"layout": "other"}, "no packer of layout 'other'"),
-        (RowsKernel, {"scheme": Scheme(Grid.AFFINE, 4, 32, outliers=Outliers(0.1))}, "outliers mix them"),
+        (Int4Kernel, {"scheme": Scheme(Grid.AFFINE, 4, 32, outliers=Outliers(0.1))}, "no add-ons"),
         (RowsKernel, {"scheme": Scheme(Grid.AFFINE, 4, 32, rotation=Rotation(0, 32))}, "rotation of the output"),
         (RowsKernel, {"scheme": Scheme(Grid.CODEBOOK, 12, 8, vector=8)}, "a byte for each code"),
         (Int4Kernel, {"dtype": torch.float32}, "bfloat16 only, not in float32"),

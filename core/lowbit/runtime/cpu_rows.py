@@ -25,7 +25,6 @@ class RowsKernel(UnpackedKernel):
             return f"keeps a byte for each code of an affine or codebook grid, not {scheme.summary()}"
         mixes = {
             "flat groups": scheme.flat,
-            "outliers": scheme.outliers,
             "a rotation of the output": scheme.rotation and scheme.rotation.out_block,
             "scales shared across rows": scheme.scales.two_level and scheme.scales.across is Across.ROWS,
         }

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lowbit.grids import dequantize
+from lowbit.grids import decode_rows, dequantize
 from lowbit.interfaces import Kernel, MatmulProblem, Packer
 from lowbit.parts import TensorSpec, part_specs
 from lowbit.scheme import Scheme
@@ -94,7 +94,7 @@ def matmul_rows(x: Tensor, quantized: QuantizedTensor, bias: Tensor | None = Non
     product = torch.empty(flat.shape[0], rows)
 
     def fill(start: int, stop: int) -> None:
-        piece = dequantize(quantized.rows(start, stop))
+        piece = decode_rows(quantized, start, stop)
         product[:, start:stop] = flat @ piece.T
 
     map_ranges(fill, rows, columns)

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from lowbit.scheme import Grid, Scheme
+from lowbit.scheme import BinaryForm, Grid, Scheme
 
 _COLUMNS = (
     "normal-float absmax",
@@ -86,7 +86,7 @@ def nmse_budget(scheme: Scheme, in_features: int) -> float:
     if scheme.trellis:
         error = 1.6 * math.pow(2, -2 * scheme.trellis.tile_bits / math.prod(scheme.trellis.tile))
     elif scheme.binary:
-        error = 1.0 if scheme.binary.rank else GREEDY_BINARY[min(scheme.binary.planes, 4) - 1]
+        error = 1.0 if scheme.binary.form is BinaryForm.PRODUCT else GREEDY_BINARY[min(scheme.binary.planes, 4) - 1]
     elif scheme.vector > 1:
         error = min(1.0, 4 * math.pow(2, -2 * scheme.bits / scheme.vector))
     else:

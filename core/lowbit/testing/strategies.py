@@ -49,7 +49,7 @@ def schemes(draw: st.DrawFn, grids: Sequence[Grid] = tuple(Grid), addons: bool =
     )
     if addons:
         fields |= draw(_addons())
-    grouped = not (fields.get("binary") and fields["binary"].rank)
+    grouped = not (fields.get("binary") and fields["binary"].form is BinaryForm.PRODUCT)
     fields["permutation"] = (
         addons and grouped and not fields.get("flat") and fields.get("vector", 1) == 1 and draw(st.booleans())
     )
@@ -142,7 +142,8 @@ def _trellis(draw: st.DrawFn) -> dict[str, Any]:
 def _binary(draw: st.DrawFn) -> dict[str, Any]:
     planes, scales = draw(st.integers(1, 3)), ScaleFormat(draw(st.sampled_from(PLAIN_DTYPES)))
     if draw(st.booleans()):
-        binary = Binary(planes, BinaryForm.PRODUCT, rank=draw(st.integers(1, 40)))
+        inner = draw(st.sampled_from(({"rank": draw(st.integers(1, 40))}, {"rate": draw(st.floats(0.1, 4.0))})))
+        binary = Binary(planes, BinaryForm.PRODUCT, **inner)
         return {"bits": planes, "scales": scales, "binary": binary}
     binary = Binary(planes, column_scales=draw(st.booleans()))
     return {"bits": planes, "scales": scales, "binary": binary, "group_size": draw(st.sampled_from(GROUP_SIZES))}

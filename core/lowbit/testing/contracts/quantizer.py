@@ -48,7 +48,7 @@ class QuantizerContract:
         return ROWS, -(-1024 // group) * group
 
     @pytest.fixture
-    def calibration(self, quantizer: Quantizer[Any], shape: tuple[int, int]) -> Calibration | None:
+    def calibration(self, quantizer: Quantizer[Any], options: Any, shape: tuple[int, int]) -> Calibration | None:
         """What ``needs`` asks for, measured on Gaussian inputs of unequal columns; None when it needs nothing."""
         if not quantizer.needs_for(options) & {"hessian", "importance"}:
             return None
