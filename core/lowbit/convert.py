@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
+
 import lowbit
+from lowbit.calibration.wishes import Wishes
+from lowbit.card import command_line, fingerprint, write_card
 from lowbit.errors import OutputError, VerificationError
 from lowbit.interfaces import DEFAULT_SHARD_SIZE, Calibration, Checkpoint, Metadata, Value
 from lowbit.metrics import ErrorSum
@@ -60,19 +64,48 @@ def convert(
     recipe: Recipe = NOTHING,
     *,
     imatrix: Path | None = None,
+    calibrating: Wishes | None = None,
     overwrite: bool = False,
     shard_size: int = DEFAULT_SHARD_SIZE,
     progress: Progress | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Convert ``source`` to ``destination``, which appears complete and verified, or not at all.
 
-    ``imatrix`` is an importance matrix for quantizers that weigh columns by it. Raises a LowbitError for everything that is the user's to solve, before any work where headers can tell.
+    Args:
+        source: A checkpoint of any installed format.
+        destination: What to write.
+        target: Format, variant and dtype.
+        registry: Components.
+        recipe: What to quantize, and how.
+        imatrix: An importance matrix for quantizers that weigh columns by it.
+        calibrating: What to calibrate on where a quantizer needs measurements that ``imatrix`` does not hold; None refuses it.
+        overwrite: Replace the destination.
+        shard_size: Most bytes of tensors in one file.
+        progress: Told when a step is done.
+        note: Told a line about each decoder block that was calibrated.
+
+    Raises a LowbitError for everything that is the user's to solve, before any work where headers can tell.
     """
     check_destination(destination, overwrite)
     with registry.open(source) as checkpoint:
-        calibration = registry.calibration(imatrix, checkpoint) if imatrix else {}
-        plan = plan_conversion(checkpoint, target, recipe, registry, calibration)
-        return execute(plan, checkpoint, destination, registry, calibration, overwrite, shard_size, progress)
+        known = known_calibration(checkpoint, registry, imatrix, calibrating)
+        plan = plan_conversion(checkpoint, target, recipe, registry, known, calibrating)
+        report = progress or (lambda phase, step: None)
+        with calibrated(plan, checkpoint, destination, registry, known, calibrating, note, report) as finished:
+            return execute(plan, checkpoint, destination, registry, known, overwrite, shard_size, progress, finished)
+
+
+def known_calibration(
+    checkpoint: Checkpoint, registry: Registry, imatrix: Path | None, calibrating: Wishes | None
+) -> Mapping[str, Calibration]:
+    """Return what an importance matrix and a file of statistics say of the weights, by tensor."""
+    importance = registry.calibration(imatrix, checkpoint) if imatrix else {}
+    if calibrating is None or calibrating.statistics is None or not calibrating.statistics.exists():
+        return importance
+    from lowbit.calibration.measured import StatisticsFile
+
+    return StatisticsFile(calibrating.statistics, checkpoint).beside(importance)
 
 
 def plan_conversion(
@@ -81,10 +114,35 @@ def plan_conversion(
     recipe: Recipe,
     registry: Registry,
     calibration: Mapping[str, Calibration] = MappingProxyType({}),
+    calibrating: Wishes | None = None,
 ) -> Plan:
     """Return the plan of a conversion: what ``--dry-run`` prints."""
-    plan = make_plan(checkpoint, recipe, target, registry, calibration)
-    return replace(plan, metadata=_with_provenance(plan, target))
+    collects, weighs = (calibrating.collects, calibrating.weighs) if calibrating else (frozenset(), False)
+    plan = make_plan(checkpoint, recipe, target, registry, calibration, collects, weighs)
+    said = {"source_fingerprint": fingerprint(checkpoint.path), "command": command_line(target, recipe)}
+    return replace(plan, metadata=_with_provenance(plan, target, said))
+
+
+@contextmanager
+def calibrated(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    destination: Path,
+    registry: Registry,
+    known: Mapping[str, Calibration],
+    calibrating: Wishes | None,
+    note: Callable[[str], None],
+    progress: Progress,
+) -> Iterator[Mapping[str, tuple[Value, ErrorSum]]]:
+    """Yield the weights that calibration has quantized, with their errors: none when the plan needs no calibration."""
+    if calibrating is None or not any(calibrating.concerns(step, known) for step in plan.steps):
+        yield {}
+        return
+    from lowbit.calibration.job import Job
+
+    job = Job(plan, checkpoint, destination, registry, known, calibrating, note, progress)
+    with job.running() as results:
+        yield results
 
 
 def execute(
@@ -125,7 +183,10 @@ def execute(
     with staged(destination, overwrite) as temporary, ThreadPoolExecutor(1, "lowbit-hash") as hasher:
         with closing(prefetch(results())) as stream:  # the next tensor is worked on while this one is written
             plan.exporter.write(temporary, plan.entries, stream, plan.metadata, shard_size)
-        verify(temporary, plan, {name: done.result() for name, done in digests.items()}, registry, report)
+        found = {name: done.result() for name, done in digests.items()}
+        if temporary.is_dir():
+            write_card(temporary, plan, outcomes, found)
+        verify(temporary, plan, found, registry, report)
     return Report(plan, tuple(outcomes))
 
 
@@ -157,10 +218,10 @@ def verify(
             report("verify", steps[name])
 
 
-def _with_provenance(plan: Plan, target: Target) -> Metadata:
+def _with_provenance(plan: Plan, target: Target, said: Mapping[str, str]) -> Metadata:
     """Add to the metadata how the weights were made: for people, and for whoever must repeat it."""
     choices = {f"{step.choice.quantizer.name}: {step.choice.options}" for step in plan.steps if step.choice}
-    made = {"lowbit_version": lowbit.__version__, "format": target.format}
+    made = {**said, "lowbit_version": lowbit.__version__, "torch_version": torch.__version__, "format": target.format}
     if choices:
         made["quantizers"] = "; ".join(sorted(choices))
     return replace(plan.metadata, provenance={**plan.metadata.provenance, **made})

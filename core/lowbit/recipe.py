@@ -17,6 +17,7 @@ from torch import Tensor
 from lowbit.errors import OptionError
 from lowbit.interfaces import Entry, Quantizer
 from lowbit.options import build_options, parse_settings
+from lowbit.outliers import take_outliers, with_outliers
 from lowbit.registry import Registry
 from lowbit.scheme import Scheme
 from lowbit.tensors import PackedSpec
@@ -33,8 +34,17 @@ LEFT_ALONE = (
     "*.lm_head.*",
     "*.gate.weight",
     "*router*",
+    "mtp.*",
+    "*.mtp.*",
+    "*visual.*",
+    "*vision_*",
+    "*multi_modal_projector*",
+    "*mm_projector*",
 )
-"""2-D weights that the default leaves alone: looked up or sensitive, and small against the linears."""
+"""2-D weights that the default leaves alone: looked up or sensitive, and small against the linears.
+
+Heads for multi-token prediction, vision towers and what joins them to the language model are copied, as their loaders expect.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +154,11 @@ class Recipe:
         settings = dict(rule.settings)
         if self.default and self.default.quantizer == rule.quantizer:
             settings = {**self.default.settings, **settings}
-        return Choice(quantizer, build_options(quantizer.Options, settings, quantizer.name), frozenset(settings))
+        settings, outliers = take_outliers(settings, quantizer.Options)
+        options = build_options(quantizer.Options, settings, quantizer.name)
+        if outliers:
+            quantizer = with_outliers(quantizer, outliers)
+        return Choice(quantizer, options, frozenset(settings))
 
 
 NOTHING = Recipe()

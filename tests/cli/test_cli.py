@@ -64,7 +64,7 @@ def test_convert_inspect_diff(model, tmp_path):
     result = run("convert", model, out, "--quantizer", "kbit", "--bits", "4", "--group_size", "64")
     assert result.returncode == 0, result.stderr
     assert "every byte is as meant" in result.stdout
-    names = ["config.json", "lowbit.json", "lowbit.safetensors", "tokenizer.json"]
+    names = ["README.md", "config.json", "lowbit.json", "lowbit.safetensors", "tokenizer.json"]
     assert sorted(path.name for path in out.iterdir()) == names
     inspected = json.loads(run("inspect", out, "--json").stdout)
     (tensor,) = [tensor for tensor in inspected["tensors"] if tensor["name"] == UP]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lowbit.cli.calibration import BLOCK_WORK, bar_bytes, calibration_options, seeds_samples_only, wishes_of
 from lowbit.cli.console import human_bytes, human_count, json_option, print_json, print_table, progress_bar
 from lowbit.errors import OptionError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from lowbit.interfaces import Entry
     from lowbit.plan import Plan, Step
     from lowbit.recipe import Recipe
+    from lowbit.registry import Registry
 
 DTYPES = ("float32", "float16", "bfloat16")
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -54,7 +56,8 @@ SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     is_flag=True,
     help="Choose new codes for what is quantized already: everything --quantizer takes, or what has no exact route.",
 )
-@click.option("--seed", type=int, help="Seed of a quantizer that draws random numbers.")
+@click.option("--seed", type=int, help="For the choice of calibration samples (default 42), and a quantizer's own.")
+@calibration_options
 @click.option(
     "--for", "loader", help="Refuse, before any work, what this program would not load (vllm, llama.cpp, ...)."
 )
@@ -73,8 +76,12 @@ def convert_command(source: Path, destination: Path, as_json: bool, quiet: bool,
     names them. Without it the codes move to the other format exactly, or the conversion is refused; --allow-requantize
     chooses new codes where a weight is quantized already and the table says what that costs. The destination is
     reopened and compared before it appears; the table says "exact" or the measured error.
+
+    A quantizer that looks at activations is calibrated one decoder block at a time, on a text that lowbit ships unless
+    --dataset names another; finished blocks are kept in DESTINATION.lowbit-work until the end, for --resume. Ctrl-C stops behind
+    the block that is worked on, with exit code 75.
     """
-    from lowbit.convert import execute, plan_conversion
+    from lowbit.convert import calibrated, execute, known_calibration, plan_conversion
     from lowbit.loaders import check_loader
     from lowbit.plan import Target
     from lowbit.plugins import installed
@@ -82,12 +89,13 @@ def convert_command(source: Path, destination: Path, as_json: bool, quiet: bool,
 
     registry = installed()
     target = Target.parse(flags["format"], _dtype(flags["dtype"]))
-    recipe = _recipe(flags)
+    recipe = _recipe(flags, registry)
     if not dry_run:
         check_destination(destination, flags["overwrite"])
     with registry.open(source) as checkpoint:
-        calibration = registry.calibration(flags["imatrix"], checkpoint) if flags["imatrix"] else {}
-        plan = plan_conversion(checkpoint, target, recipe, registry, calibration)
+        wishes = wishes_of(flags)
+        known = known_calibration(checkpoint, registry, flags["imatrix"], wishes)
+        plan = plan_conversion(checkpoint, target, recipe, registry, known, wishes)
         if flags["loader"]:
             verdict = check_loader(flags["loader"], target.format, plan.entries, plan.metadata, registry, flags["tp"])
             for warning in verdict.warnings:
@@ -96,14 +104,22 @@ def convert_command(source: Path, destination: Path, as_json: bool, quiet: bool,
             _show_plan(plan, as_json)
             return
         shard_size = _shard_size(flags["shard_size"], plan, destination)
-        with progress_bar(plan.source_nbytes + plan.nbytes, quiet or as_json) as advance:
+        silent = quiet or as_json
+        with progress_bar(bar_bytes(plan, wishes, known), silent) as advance:
 
             def progress(phase: str, step: Step) -> None:
-                entry = step.source if phase == "convert" else step.target
-                advance(entry.nbytes, f"{phase} {step.name}")
+                size = {"calibrate": BLOCK_WORK * step.source.nbytes, "convert": step.source.nbytes}
+                advance(size.get(phase, step.target.nbytes), f"{phase} {step.name}")
 
-            overwrite = flags["overwrite"]
-            report = execute(plan, checkpoint, destination, registry, calibration, overwrite, shard_size, progress)
+            def note(line: str) -> None:
+                if not silent:
+                    click.echo(line, err=True)
+
+            with calibrated(plan, checkpoint, destination, registry, known, wishes, note, progress) as finished:
+                overwrite = flags["overwrite"]
+                report = execute(
+                    plan, checkpoint, destination, registry, known, overwrite, shard_size, progress, finished
+                )
     if lost := report.plan.exporter.left_out(destination, report.plan.metadata):
         click.echo(f"Warning: {destination} has no place for {', '.join(lost)}; a folder as destination has.", err=True)
     if as_json:
@@ -140,11 +156,13 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _recipe(flags: dict[str, Any]) -> Recipe:
+def _recipe(flags: dict[str, Any], registry: Registry) -> Recipe:
     from lowbit.options import parse_settings
     from lowbit.recipe import Recipe, Rule, parse_rules
 
     given = {name: str(flags[name]) for name in ("bits", "group_size", "seed") if flags[name] is not None}
+    if "seed" in given and seeds_samples_only(flags, registry):
+        del given["seed"]
     settings = parse_settings(flags["settings"])
     if twice := given.keys() & settings.keys():
         raise OptionError(f"{min(twice)} is given both as a flag and with --set; give it once")
@@ -166,11 +184,9 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def describe(entry: Entry) -> str:
     """Return the layout and scheme of a packed entry, or the dtype of a plain one."""
-    from lowbit.tensors import PackedSpec
+    from lowbit.card import described
 
-    if isinstance(entry, PackedSpec):
-        return f"{entry.layout} ({entry.scheme.summary()})"
-    return str(entry.dtype).removeprefix("torch.")
+    return described(entry)
 
 
 def _show_plan(plan: Plan, as_json: bool) -> None:
