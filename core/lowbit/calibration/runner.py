@@ -107,7 +107,8 @@ class BlockRunner:
         choices: By tensor name; tensors outside of blocks are not looked at.
         tokens: Calibration samples, int64 (samples, seqlen).
         batch_size: Samples that run through a block at once.
-        weighs: Gather importance for quantizers that need nothing, too.
+        weighs: Give importance to quantizers that need nothing, too.
+        records: Measure importance for every chosen weight, though its quantizer is not given it.
         known: What was measured before, by tensor; it is not measured again.
         folder: Where activations are kept when memory shall not hold them.
         note: Is told a line about each block.
@@ -118,6 +119,7 @@ class BlockRunner:
     tokens: Tensor
     batch_size: int = 8
     weighs: bool = False
+    records: bool = False
     known: Mapping[str, Calibration] = field(default_factory=dict)
     folder: Path | None = None
     note: Note = lambda text: None
@@ -152,7 +154,7 @@ class BlockRunner:
 
     def _measure(self, visit: _Visit, chains: Chains) -> dict[str, Calibration]:
         """Advance the float chain, and gather statistics of the float model's activations on the way."""
-        wanted = {name: self._wanted(name) & {"importance", "hessian"} for name in visit.linears}
+        wanted = {name: self._wanted(name) for name in visit.linears}
         watched = {name: path for name, path in visit.linears.items() if wanted[name]}
         hessian = frozenset(name for name in watched if "hessian" in wanted[name])
         statistics = Statistics(visit.module, watched, hessian)
@@ -177,8 +179,9 @@ class BlockRunner:
                 block = CapturedBlock(visit, names, chains, self.note)
             placed = {weight: weights[weight].to(chains.device) for weight in names}
             options = {weight: self.choices[weight].options for weight in names}
+            handed = {weight: self._handed(weight, calibration[weight]) for weight in names}
             try:
-                found |= quantizer.quantize_block(placed, options, calibration, block)
+                found |= quantizer.quantize_block(placed, options, handed, block)
             except (WeightError, SchemeError) as error:
                 raise type(error)(f"{visit.name}: {error}") from error
         return found
@@ -210,9 +213,20 @@ class BlockRunner:
         choice = self.choices[name]
         return choice.quantizer.needs_for(choice.options)
 
+    def _given(self, name: str) -> frozenset[str]:
+        """Return what the quantizer of a weight is given."""
+        return self._needs(name) or (frozenset({"importance"}) if self.weighs else frozenset())
+
     def _wanted(self, name: str) -> frozenset[str]:
-        needs = self._needs(name) or (frozenset({"importance"}) if self.weighs else frozenset())
-        return needs - measured(self.known, name)
+        """Return what must be measured for a weight."""
+        wanted = self._given(name) | (frozenset({"importance"}) if self.records else frozenset())
+        return (wanted & {"importance", "hessian"}) - measured(self.known, name)
+
+    def _handed(self, name: str, found: Calibration) -> Calibration:
+        """Return what the quantizer sees: what was known before, and what it is given."""
+        given, known = self._given(name), self.known.get(name, Calibration())
+        importance = found.importance if "importance" in given else known.importance
+        return Calibration(importance, found.hessian if "hessian" in given else known.hessian)
 
     def _file(self, chain: str, number: int) -> Path | None:
         return self.folder / f"{chain}-{number}.bin" if self.folder else None

@@ -18,9 +18,9 @@ from lowbit.cli.eval import eval_command
 from lowbit.cli.generate import generate_command
 from lowbit.cli.inspect import inspect_command
 from lowbit.cli.plugins import plugins_command
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, PausedError
 
-EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
+EXIT_ERROR, EXIT_PAUSED, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 75, 130, 143  # 75: BSD's EX_TEMPFAIL, try again
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
     "token_normalize_func": lambda name: name.replace("_", "-"),
@@ -59,6 +59,9 @@ def main() -> NoReturn:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
+    except PausedError as error:
+        click.echo(f"Paused: {error}.", err=True)
+        code = EXIT_PAUSED
     except LowbitError as error:
         code = _fail(str(error))
     sys.exit(code if isinstance(code, int) else 0)

@@ -184,9 +184,11 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def describe(entry: Entry) -> str:
     """Return the layout and scheme of a packed entry, or the dtype of a plain one."""
-    from lowbit.card import described
+    from lowbit.tensors import PackedSpec
 
-    return described(entry)
+    if isinstance(entry, PackedSpec):
+        return f"{entry.layout} ({entry.scheme.summary()})"
+    return str(entry.dtype).removeprefix("torch.")
 
 
 def _show_plan(plan: Plan, as_json: bool) -> None:
