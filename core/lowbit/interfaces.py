@@ -359,6 +359,10 @@ class Exporter(ABC):
         """Return the names of side files for which what is written to ``destination`` has no place; the default has for all."""
         return ()
 
+    def model_config(self, entries: Mapping[str, Entry], metadata: Metadata) -> Mapping[str, Any]:
+        """Return the config as it will be written, a quantization_config aside; the default changes nothing."""
+        return metadata.config
+
     def plain(self, name: str, spec: TensorSpec) -> TensorSpec:
         """Return how an unquantized tensor will be stored; the default keeps it as it is."""
         return spec

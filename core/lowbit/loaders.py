@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowbit.errors import NoRouteError, OptionError, UnknownComponentError
 from lowbit.interfaces import Entry, Metadata
@@ -33,6 +33,7 @@ class LoaderRule:
         uniform: Whether all packed weights must share one scheme.
         fused: Whether q/k/v and gate/up must share one.
         in_multiple, out_multiple: What in_features and out_features of each tensor-parallel part must be a multiple of.
+        lm_head: Whether it takes a quantized lm_head.
         whole_groups: Whether in_features of each tensor-parallel part must be a multiple of the group.
         model_types: Architectures it takes.
         refused_layouts: Layouts of the format that it does not know.
@@ -51,6 +52,7 @@ class LoaderRule:
     fused: bool = False
     in_multiple: int = 1
     out_multiple: int = 1
+    lm_head: bool = True
     whole_groups: bool = False
     model_types: tuple[str, ...] = ()
     refused_layouts: tuple[str, ...] = ()
@@ -83,7 +85,8 @@ def check_loader(
         raise UnknownComponentError(f"no loader named {loader!r}; known: {', '.join(loaders) or 'none'}")
     if format not in known:
         raise NoRouteError(f"{loader} does not load format {format!r}", {}, f"it loads {', '.join(known)}")
-    verdict = judge(known[format], entries, metadata, tp)
+    written = replace(metadata, config=registry.exporters[format].model_config(entries, metadata))
+    verdict = judge(known[format], entries, written, tp)
     if verdict.refusals:
         reasons = {f"{loader} {verdict.rule.version}": "; ".join(verdict.refusals)}
         raise NoRouteError(f"{loader} would not load this {format} checkpoint", reasons)
@@ -97,6 +100,8 @@ def judge(rule: LoaderRule, entries: Mapping[str, Entry], metadata: Metadata, tp
     for name, entry in packed.items():
         for reason in (*_scheme_reasons(rule, entry), *_shape_reasons(rule, name, entry, tp)):
             refusals.setdefault(reason, name)
+        if not rule.lm_head and module_of(name) == "lm_head":
+            refusals["it takes no quantized lm_head"] = name
     sentences = [f"{name}: {reason}" for reason, name in refusals.items()]
     sentences += [*_set_reasons(rule, packed), *_model_reasons(rule, metadata)]
     return Verdict(rule, tuple(sentences), tuple(_warnings(rule, packed, metadata)))
@@ -132,8 +137,7 @@ def _scheme_reasons(rule: LoaderRule, entry: PackedSpec) -> Iterator[str]:
 
 def _shape_reasons(rule: LoaderRule, name: str, entry: PackedSpec, tp: int) -> Iterator[str]:
     rows, columns = entry.shape
-    module = name.removesuffix(".weight").rpartition(".")[2]
-    along_input = module in ROW_PARALLEL
+    along_input = module_of(name) in ROW_PARALLEL
     if (columns if along_input else rows) % tp:
         yield f"{columns if along_input else rows} features do not divide by --tp {tp}"
         return
@@ -143,6 +147,11 @@ def _shape_reasons(rule: LoaderRule, name: str, entry: PackedSpec, tp: int) -> I
         yield f"in_features of a part is {columns}, no multiple of the group size {group} (tensor-parallel degree {tp})"
     if columns % rule.in_multiple or rows % rule.out_multiple:
         yield f"a part of {rows}x{columns} is no multiple of {rule.out_multiple}x{rule.in_multiple}"
+
+
+def module_of(name: str) -> str:
+    """Return the last part of a module's path: ``down_proj`` of ``model.layers.0.mlp.down_proj.weight``."""
+    return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def _set_reasons(rule: LoaderRule, packed: Mapping[str, PackedSpec]) -> Iterator[str]:

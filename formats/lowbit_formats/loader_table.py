@@ -1,7 +1,8 @@
 """What each loader takes of each format: one table, read from the sources of the versions that it names.
 
-vLLM 0.33.0, SGLang 0.5.23, transformers 5.23.0, llama.cpp as of ggml 0.25.3, mlx-lm as of 2026-08. Nothing here was run on
-those engines; each row is what their loaders check or their kernels accept.
+vLLM 0.33.0, SGLang 0.5.23, transformers 5.23.0, llama.cpp as of ggml 0.25.3, mlx-lm as of 2026-08. Each row is what their
+loaders check or their kernels accept. The rows of llama.cpp and transformers were tried, too (tests/oracles); that transformers
+with compressed-tensors 0.20.0 loads no asymmetric pack-quantized file, because it expects zero points unpacked, was found so.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ TABLE: dict[str, tuple[LoaderRule, ...]] = {
             "5.23.0",
             bits=(2, 3, 4, 8),
             uniform=True,
+            lm_head=False,
             whole_groups=True,
             note="transformers loads GPTQ with the packages optimum and gptqmodel",
         ),
@@ -83,6 +85,7 @@ TABLE: dict[str, tuple[LoaderRule, ...]] = {
             "transformers",
             "5.23.0",
             bits=(2, 3, 4, 5, 6, 7, 8),
+            symmetric=True,
             note="transformers loads compressed-tensors with the package of that name, 0.15 or newer",
         ),
     ),

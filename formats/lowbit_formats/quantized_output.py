@@ -75,6 +75,10 @@ class FolderExporter(Exporter):
         """Return the rules of the programs that load this format."""
         return loader_rules(self.format)
 
+    def model_config(self, entries: Mapping[str, Entry], metadata: Metadata) -> Mapping[str, Any]:
+        """Return the model's own config with the dtype of the scales, where they have one."""
+        return with_dtype(without_quantization(metadata.config), _scales(entries))
+
     def check(self, entries: Mapping[str, Entry], metadata: Metadata) -> None:
         """Refuse names that would meet in the files, dtypes that these cannot hold, and what ``quantization_config`` refuses."""
         packed, plain = _modules(entries)
@@ -95,7 +99,7 @@ class FolderExporter(Exporter):
     ) -> None:
         """Write a folder; see ``Exporter.write``. The tensors of one module stay in one file."""
         self.check(entries, metadata)
-        model = with_dtype(without_quantization(metadata.config), _scales(entries))
+        model = self.model_config(entries, metadata)
         config = self.for_model(self.quantization_config(*_modules(entries)), model)
         kept: dict[str, list[str]] = {}
         with new_folder(path) as folder:
