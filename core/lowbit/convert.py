@@ -14,8 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
+
 import lowbit
 from lowbit.calibration.wishes import Wishes
+from lowbit.card import command_line, fingerprint, write_card
 from lowbit.errors import OutputError, VerificationError
 from lowbit.interfaces import DEFAULT_SHARD_SIZE, Calibration, Checkpoint, Metadata, Value
 from lowbit.metrics import ErrorSum
@@ -116,7 +119,8 @@ def plan_conversion(
     """Return the plan of a conversion: what ``--dry-run`` prints."""
     collects, weighs = (calibrating.collects, calibrating.weighs) if calibrating else (frozenset(), False)
     plan = make_plan(checkpoint, recipe, target, registry, calibration, collects, weighs)
-    return replace(plan, metadata=_with_provenance(plan, target))
+    said = {"source_fingerprint": fingerprint(checkpoint.path), "command": command_line(target, recipe)}
+    return replace(plan, metadata=_with_provenance(plan, target, said))
 
 
 @contextmanager
@@ -179,7 +183,10 @@ def execute(
     with staged(destination, overwrite) as temporary, ThreadPoolExecutor(1, "lowbit-hash") as hasher:
         with closing(prefetch(results())) as stream:  # the next tensor is worked on while this one is written
             plan.exporter.write(temporary, plan.entries, stream, plan.metadata, shard_size)
-        verify(temporary, plan, {name: done.result() for name, done in digests.items()}, registry, report)
+        found = {name: done.result() for name, done in digests.items()}
+        if temporary.is_dir():
+            write_card(temporary, plan, outcomes, found)
+        verify(temporary, plan, found, registry, report)
     return Report(plan, tuple(outcomes))
 
 
@@ -211,10 +218,10 @@ def verify(
             report("verify", steps[name])
 
 
-def _with_provenance(plan: Plan, target: Target) -> Metadata:
+def _with_provenance(plan: Plan, target: Target, said: Mapping[str, str]) -> Metadata:
     """Add to the metadata how the weights were made: for people, and for whoever must repeat it."""
     choices = {f"{step.choice.quantizer.name}: {step.choice.options}" for step in plan.steps if step.choice}
-    made = {"lowbit_version": lowbit.__version__, "format": target.format}
+    made = {**said, "lowbit_version": lowbit.__version__, "torch_version": torch.__version__, "format": target.format}
     if choices:
         made["quantizers"] = "; ".join(sorted(choices))
     return replace(plan.metadata, provenance={**plan.metadata.provenance, **made})

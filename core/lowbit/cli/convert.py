@@ -184,11 +184,9 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def describe(entry: Entry) -> str:
     """Return the layout and scheme of a packed entry, or the dtype of a plain one."""
-    from lowbit.tensors import PackedSpec
+    from lowbit.card import described
 
-    if isinstance(entry, PackedSpec):
-        return f"{entry.layout} ({entry.scheme.summary()})"
-    return str(entry.dtype).removeprefix("torch.")
+    return described(entry)
 
 
 def _show_plan(plan: Plan, as_json: bool) -> None:
