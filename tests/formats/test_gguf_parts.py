@@ -3,8 +3,10 @@
 import gguf
 import pytest
 import torch
+from click.testing import CliRunner
 
-from lowbit.errors import CheckpointError
+from lowbit.cli.convert import convert_command
+from lowbit.errors import CheckpointError, OptionError
 from lowbit.interfaces import SideFile
 from lowbit.parts import TensorSpec
 from lowbit.tensors import PackedTensor
@@ -145,3 +147,38 @@ def test_names_and_keys_of_parts():
     assert part_name("m", 0, 1) == "m.gguf"
     assert part_name("m", 1, 12) == "m-00002-of-00012.gguf"
     assert part_keys(0, 1, 5) == []
+
+
+def run(*arguments):
+    """The convert command in this process; what a LowbitError would make exit code 2 is raised."""
+    return CliRunner().invoke(convert_command, [*map(str, arguments)], catch_exceptions=True)
+
+
+@pytest.fixture
+def model_file(gguf_models, tmp_path):
+    gguf_models.write(tmp_path / "model.gguf", gguf_models.Recipe(keys={"general.license": "mit"}))
+    return tmp_path / "model.gguf"
+
+
+def test_a_shard_size_and_a_single_file_contradict_each_other(model_file, tmp_path):
+    result = run(model_file, tmp_path / "out.gguf", "-f", "gguf", "--shard-size", "200KB")
+    assert isinstance(result.exception, OptionError)
+    assert "out.gguf is one file and would hold" in str(result.exception)
+    assert f"give a folder, such as {tmp_path / 'out'}," in str(result.exception)
+    assert not (tmp_path / "out.gguf").exists()
+    assert run(model_file, tmp_path / "out.gguf", "-f", "gguf", "--shard-size", "1GB").exit_code == 0
+
+
+def test_side_files_without_a_place_are_told(model_file, tmp_path):
+    """The folder has a licence; a single file made of it has only the name of one."""
+    result = run(model_file, tmp_path / "folder", "-f", "gguf", "--shard-size", "200KB")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert len(list((tmp_path / "folder").glob("*.gguf"))) > 2
+    assert (tmp_path / "folder" / "README.md").read_text().startswith('---\nlicense: "mit"\n')
+    (tmp_path / "folder" / "LICENSE").write_text("do as you like")
+    result = run(tmp_path / "folder", tmp_path / "again.gguf", "-f", "gguf")
+    assert result.exit_code == 0
+    assert (
+        result.stderr == f"Warning: {tmp_path / 'again.gguf'} has no place for LICENSE; a folder as destination has.\n"
+    )
+    assert gguf.GGUFReader(tmp_path / "again.gguf").fields["general.license"].contents() == "mit"

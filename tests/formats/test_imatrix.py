@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, OptionError
 from lowbit.interfaces import Calibration, Metadata
 from lowbit.parts import TensorSpec
+from lowbit.plugins import installed
 from lowbit_formats import imatrix
 from lowbit_formats.gguf import GgufExporter, GgufImporter
 
@@ -203,3 +204,11 @@ def test_measurements_that_are_refused(tmp_path, changes, tokens, sentence):
     with pytest.raises(CheckpointError, match=sentence):
         GgufExporter().write_calibration(tmp_path / "i.gguf", measured(**changes), checkpoint(tmp_path), tokens)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_suffix_of_a_calibration_file_names_its_format(tmp_path):
+    registry, opened = installed(), checkpoint(tmp_path)
+    registry.write_calibration(tmp_path / "i.gguf", measured(), opened, 64)
+    assert registry.calibration(tmp_path / "i.gguf", opened).keys() == {UP, DOWN}
+    with pytest.raises(OptionError, match=r"i\.dat names no kind of calibration file; installed formats write \.gguf"):
+        registry.write_calibration(tmp_path / "i.dat", measured(), opened, 64)

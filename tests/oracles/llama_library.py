@@ -8,9 +8,11 @@ import re
 
 import llama_cpp
 import numpy as np
+import torch
 from llama_cpp import llama_cpp as api
 
-THREADS = 2
+THREADS = 1
+"""Of a model: ggml's threads wait for one another in busy loops, which costs more than it saves where the machine has other work."""
 _LINE = re.compile(r"\] +(\S+) +- \[[^]]*\], type = +\S+, size = .*?->.*?\((\w+)\)")
 
 
@@ -25,7 +27,7 @@ class Llama:
     def quantize(self, source, destination, file_type, importance=None, dry_run=False):
         """Run llama_model_quantize; return whether it worked. ``importance`` has float32 arrays by ggml's tensor names."""
         params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype, params.nthread, params.dry_run = file_type, THREADS, dry_run
+        params.ftype, params.nthread, params.dry_run = file_type, 2, dry_run
         if importance:
             entries = (api.llama_model_imatrix_data * (len(importance) + 1))()
             for entry, (name, values) in zip(entries, importance.items(), strict=False):
@@ -45,10 +47,8 @@ class Llama:
     @staticmethod
     def perplexity(logits, tokens):
         """Return exp of the mean negative log likelihood of tokens[1:] under logits[:-1]."""
-        rows = logits[:-1].astype(np.float64)
-        rows -= rows.max(axis=1, keepdims=True)
-        likelihood = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
-        return float(np.exp(-likelihood[np.arange(len(rows)), list(tokens[1:])].mean()))
+        scores = torch.from_numpy(logits[:-1]).log_softmax(dim=1)
+        return float(scores[torch.arange(len(scores)), torch.tensor(tokens[1:])].double().mean().neg().exp())
 
     def model(self, path, context=512):
         """Load a model; raises ValueError when llama.cpp does not take it."""

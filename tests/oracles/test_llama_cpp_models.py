@@ -36,7 +36,7 @@ PROMPTS = (
     "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n",
 )
 LENGTH = 16
-CHUNK, CHUNKS = 256, 2
+CHUNK, CHUNKS = 512, 4
 PROSE = (random, re, json, argparse, subprocess, unittest, logging.Logger, argparse.ArgumentParser, subprocess.Popen)
 SEARCHED = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
 
@@ -121,8 +121,9 @@ def greedy(model, tokens):
     return sequence[0, len(tokens) :].tolist(), (best[:, 0] - best[:, 1]).tolist()
 
 
-@pytest.mark.parametrize("name", ["q4_k_m", "q4_0", "q2_k"])
+@pytest.mark.parametrize("name", ["q4_k_m", "q2_k"])
 def test_perplexity_is_no_worse_than_llama_quantizes(name, float16, llama, chunks):
+    """Q4_0 needs no model to run: its file has the same bytes, which the test of files says."""
     files = converted(float16, name), by_llama_quantize(llama, float16, name)
     ours, theirs = (perplexity(llama, path, chunks) for path in files)
     assert ours <= 1.005 * theirs
@@ -169,9 +170,10 @@ def test_files_are_like_llama_quantizes(name, float16, llama):
             assert data(ours, info) == data(theirs, other), info.name
             compared += 1
     assert compared > 60
+    assert compared == len(ours.tensors) or name not in ("q4_0", "q8_0")
 
 
-@pytest.mark.parametrize("name", ["q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "q4_1", "q5_0", "iq4_nl", "tq2_0"])
+@pytest.mark.parametrize("name", ["q2_k", "q3_k_m", "q5_k_m", "q6_k", "iq4_nl", "tq1_0"])
 def test_quantized_logits_are_those_of_the_same_weights(name, gguf_source, llama, tmp_path):
     """llama.cpp rounds activations to 8 bits before it multiplies: measured differences are 0.5 to 2% of the logits' spread."""
     path = tmp_path / "model.gguf"
