@@ -18,6 +18,7 @@ from lowbit.tensors import PackedSpec, PackedTensor
 from lowbit_formats import native_manifest as manifest
 from lowbit_formats.checkpoint_folder import CONFIG, read_config, resolve_inside, side_files, without_quantization
 from lowbit_formats.output_folder import announced, check_side_files, copy_side_files, new_folder, write_json
+from lowbit_formats.quantized_folder import check_finite
 from lowbit_formats.safetensors_files import ShardedWriter
 from lowbit_formats.shards import ShardSet, find_weights
 from lowbit_formats.strict_json import read_object
@@ -49,11 +50,14 @@ class NativeCheckpoint(Checkpoint):
         self.metadata = Metadata(config, others, contents.provenance)
 
     def read(self, name: str) -> Value:
-        """Read one tensor, or all buffers of a packed weight."""
+        """Read one tensor, or all buffers of a packed weight; CheckpointError for scales that are NaN or infinite."""
         entry = self.entries[name]
         if not isinstance(entry, PackedSpec):
             return self._shards.read(name)
         buffers = {buffer: self._shards.read(stored) for buffer, stored in self._buffers[name].items()}
+        for buffer, values in buffers.items():
+            if values.is_floating_point():
+                check_finite(self._buffers[name][buffer], values)
         return PackedTensor(entry, buffers)
 
     def close(self) -> None:

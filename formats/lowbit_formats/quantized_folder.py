@@ -83,10 +83,7 @@ class StoredModule:
     def scales(self, suffix: str) -> Tensor:
         """Return a tensor of scales; raise CheckpointError for NaN or infinity."""
         values = self.read(suffix)
-        if not bool(torch.isfinite(values).all()):
-            raise CheckpointError(
-                f"{self.tensor(suffix)} holds NaN or infinity, and so would the weight; quantize the model again"
-            )
+        check_finite(self.tensor(suffix), values)
         return values
 
 
@@ -219,6 +216,17 @@ class FolderImporter(Importer):
                 document = read_object(resolve_inside(folder, name), unique=False)
                 return {**document, "quant_method": document.get("quant_method") or self.methods[0]}
         return None
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Raise CheckpointError, naming tensor, value and place, unless every value is finite."""
+    finite = torch.isfinite(values if values.dtype.itemsize > 1 else values.float())
+    if not bool(finite.all()):
+        place = (~finite).nonzero()[0].tolist()
+        raise CheckpointError(
+            f"{name} holds NaN or infinity ({float(values[tuple(place)])} at {place}), and so would the weight; quantize the "
+            "model again"
+        )
 
 
 def packed_spec(packer: Packer, scheme: Scheme, shape: tuple[int, int], name: str) -> PackedSpec:
