@@ -1,7 +1,8 @@
-"""``AutoRoundQuantizer``: rounds to nearest on AutoRound's grids; ``lowbit_autoround.grids`` has the formulas."""
+"""``AutoRoundQuantizer``: rounds to nearest, or tunes the rounding of a whole decoder block, on AutoRound's grids."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,16 +10,19 @@ import torch
 from torch import Tensor
 
 from lowbit import Calibration, QuantizedTensor, Quantizer, ScaleFormat, Scheme
-from lowbit.errors import WeightError
+from lowbit.calibration.block import Block
 from lowbit.grids import empty_parts
 from lowbit.scheme import Grid, Zero
 from lowbit.workers import map_ranges
 from lowbit_autoround import grids
+from lowbit_autoround.blocks import tune_block
+from lowbit_autoround.importance import relative_importance
+from lowbit_autoround.kquants import K_SCHEMES
 from lowbit_autoround.options import AutoRoundOptions
+from lowbit_autoround.starts import tuned_weight
 
 PIECE = 1 << 20
 SEARCH_PIECE = 1 << 19
-LEAST_IMPORTANCE = 1e-4  # of the mean: an input that calibration never saw may still occur
 
 
 class AutoRoundQuantizer(Quantizer[AutoRoundOptions]):
@@ -26,29 +30,52 @@ class AutoRoundQuantizer(Quantizer[AutoRoundOptions]):
 
     name: ClassVar[str] = "autoround"
     Options = AutoRoundOptions
+    needs: ClassVar[frozenset[str]] = frozenset({"block_inputs", "importance"})
 
     def scheme(self, options: AutoRoundOptions) -> Scheme:
         """Return an affine scheme; the options were checked when they were made."""
+        if options.two_level:
+            return K_SCHEMES[options.bits]
         zero = Zero.SYMMETRIC if options.symmetric else Zero(options.zero)
         return Scheme(Grid.AFFINE, options.bits, options.group_size, zero, ScaleFormat(options.scale_dtype))
+
+    def fit(self, options: AutoRoundOptions, scheme: Scheme) -> AutoRoundOptions | None:
+        """Return options for an affine scheme, GGUF's K-quants among them."""
+        if scheme.scales.two_level:
+            return options.for_scheme(scheme)
+        return super().fit(options, scheme)
+
+    def needs_for(self, options: AutoRoundOptions) -> frozenset[str]:
+        """Tuning needs the block's inputs, the recipe opt_rtn an importance matrix, rounding to nearest nothing."""
+        if options.tuning.iters:
+            return frozenset({"block_inputs"})
+        return frozenset({"importance"} if options.recipe == "opt_rtn" else ())
+
+    def sampling(self, options: AutoRoundOptions) -> Mapping[str, int]:
+        """Return the recipe's number of calibration sequences and their length."""
+        return {"nsamples": options.tuning.nsamples, "seqlen": options.tuning.seqlen}
 
     def quantize(
         self, weight: Tensor, options: AutoRoundOptions, calibration: Calibration | None = None
     ) -> QuantizedTensor:
-        """Quantize ``weight`` (out, in). Importance, when calibrated, weights the error that a search makes least.
+        """Round ``weight`` (out, in) to nearest, whatever ``iters`` says: tuning is for whole blocks.
 
-        Raises WeightError for NaN or infinity, and for a scale or minimum that ``scale_dtype`` cannot hold.
+        Importance, when calibrated, weights the error that a search makes least. Raises WeightError for NaN or infinity, and
+        for a scale or minimum that ``scale_dtype`` cannot hold.
         """
         scheme, (rows, columns) = self.scheme(options), weight.shape
-        grid = _grid(scheme)
-        importance = _importance(calibration, weight)
+        importance = relative_importance(calibration, weight)
+        if options.two_level:
+            start = tuned_weight(weight, scheme, importance, search=True, lr=0.0)
+            return start.quantized(start.parts())
+        grid, search = _grid(scheme), options.tuning.search
         parts = empty_parts(scheme, (rows, columns), str(weight.device))
         spans = _spans(columns, min(scheme.group_size or columns, columns))
 
         def work(start: int, stop: int) -> None:
             for span in spans:
                 groups = weight[start:stop, span.columns].float().contiguous().view(stop - start, -1, span.size)
-                if options.scale == "search":
+                if search:
                     weights = None if importance is None else importance[span.columns].view(-1, span.size)
                     parameters = grid.searched(groups, weights)
                 else:
@@ -57,9 +84,35 @@ class AutoRoundQuantizer(Quantizer[AutoRoundOptions]):
                 for name, values in parameters.items():
                     parts[name][start:stop, span.groups] = values
 
-        piece = SEARCH_PIECE if options.scale == "search" else PIECE
+        piece = SEARCH_PIECE if search else PIECE
         map_ranges(work, rows, columns, piece=piece if weight.device.type == "cpu" else rows * columns)
         return QuantizedTensor(scheme, (rows, columns), parts)
+
+    def quantize_block(
+        self,
+        weights: Mapping[str, Tensor],
+        options: Mapping[str, AutoRoundOptions],
+        calibration: Mapping[str, Calibration],
+        block: Block | None = None,
+    ) -> dict[str, QuantizedTensor]:
+        """Tune the weights whose options say so together, the others rounded beside them; without ``block`` round all.
+
+        Raises OptionError for tuning options that differ within the block, and WeightError when the loss is not finite and
+        ``fallback`` is not rtn.
+        """
+        tuned = [name for name in weights if options[name].tuning.iters] if block is not None else []
+        results = {
+            name: self.quantize(weight, options[name], calibration.get(name))
+            for name, weight in weights.items()
+            if name not in tuned
+        }
+        if tuned and block is not None:
+            schemes = {name: self.scheme(options[name]) for name in tuned}
+            found = tune_block(block, {name: weights[name] for name in tuned}, options, schemes, calibration, results)
+            if found is None:
+                found = {name: self.quantize(weights[name], options[name], calibration.get(name)) for name in tuned}
+            results |= found
+        return {name: results[name] for name in weights}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +139,3 @@ def _grid(scheme: Scheme) -> grids.Grid:
         Zero.MINIMUM: grids.MinimumGrid,
     }
     return kinds[scheme.zero](scheme.bits, getattr(torch, scheme.scales.dtype))
-
-
-def _importance(calibration: Calibration | None, weight: Tensor) -> Tensor | None:
-    """Return the importance of each column relative to the mean, float32 (in,) on the weight's device, if it was measured."""
-    if calibration is None or calibration.importance is None:
-        return None
-    measured = calibration.importance.to(weight.device, torch.float64)
-    assert measured.shape == weight.shape[1:], (measured.shape, weight.shape)
-    if not bool(torch.isfinite(measured).all()):
-        raise WeightError("has calibration inputs that are NaN or infinite; calibrate again in bfloat16 or float32")
-    return (measured / measured.mean().clamp_min(1e-30)).clamp_min(LEAST_IMPORTANCE).float()

@@ -3,8 +3,14 @@
 import pytest
 
 from lowbit.testing import QuantizerContract
+from lowbit_autoround.kquants import K_SCHEMES
 from lowbit_autoround.options import AutoRoundOptions
 from lowbit_autoround.quantizer import AutoRoundQuantizer
+
+
+def k_quant(bits):
+    return AutoRoundOptions().for_scheme(K_SCHEMES[bits])
+
 
 CHOICES = {
     "default": AutoRoundOptions(),
@@ -16,6 +22,9 @@ CHOICES = {
     "min1-search-bfloat16": AutoRoundOptions(
         1, 16, symmetric=False, zero="minimum", scale="search", scale_dtype="bfloat16"
     ),
+    "q2_k": k_quant(2),
+    "q3_k": k_quant(3),
+    "q4_k": k_quant(4),
 }
 
 

@@ -152,7 +152,18 @@ def test_schemes_and_registration():
         ({"zero": "float"}, "zero must be one of integer, minimum, got 'float'"),
         ({"scale": "mse"}, "scale must be one of minmax, search, got 'mse'"),
         ({"scale_dtype": "float64"}, "scale_dtype must be one of float16, bfloat16, float32, got 'float64'"),
-        ({"iters": 200}, "cannot tune: set iters=0, got 200"),
+        ({"iters": -1}, "iters must be 0 .round to nearest. or more, got -1"),
+        ({"recipe": "quick"}, "recipe must be one of default, best, light, rtn, opt_rtn, got 'quick'"),
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"batch_size": 0}, "batch_size must be positive, got 0"),
+        ({"tokens": 1.5}, "tokens must be above 0 and at most 1, a share of a batch, got 1.5"),
+        ({"trim": 0.5}, "trim must be 0 to 0.1, a share of the outputs, got 0.5"),
+        ({"fallback": "skip"}, "fallback must be one of error, rtn, got 'skip'"),
+        ({"two_level": True, "bits": 8}, "two_level goes with 2 to 6 bits, got 8"),
+        (
+            {"two_level": True},
+            "two_level at 4 bits means group_size=32 symmetric=false zero=minimum scale_dtype=float16",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(settings, words):

@@ -1,0 +1,138 @@
+"""Running a block on its calibration sequences: piece by piece, so that results do not depend on the number of threads.
+
+On a CPU a batch is cut into pieces of about PIECE_TOKENS tokens, by its shape alone. Each runs in one thread, forward and
+backward, and the results are added in order. That is also faster than the same batch at once with all threads in every
+operation: attention, norms and small products use all cores, too. Other devices run whole batches.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.calibration.block import Block
+from lowbit.errors import OptionError
+from lowbit.workers import map_ranges
+
+T = TypeVar("T")
+PIECE_TOKENS = 512
+
+
+class Runner:
+    """Runs pieces of batches through a block, in bfloat16 autocast on CUDA devices that have it."""
+
+    def __init__(self, block: Block, batch_size: int) -> None:
+        self.block = block
+        self.device = next(block.module.parameters()).device
+        self.tokens = block.mask([0]).shape[1]
+        on_cpu = self.device.type == "cpu"
+        self._piece = max(1, PIECE_TOKENS // self.tokens) if on_cpu else batch_size
+
+    def each(self, work: Callable[[Sequence[int]], T], index: Sequence[int]) -> list[T]:
+        """Return what ``work`` returns for each piece of the samples ``index``, in order; in parallel on a CPU."""
+        pieces = [index[start : start + self._piece] for start in range(0, len(index), self._piece)]
+        if self.device.type != "cpu":
+            return [work(piece) for piece in pieces]
+        return map_ranges(lambda start, stop: work(pieces[start]), len(pieces), 1, piece=1)
+
+    def precision(self) -> AbstractContextManager[object]:
+        """Return the autocast context of the device."""
+        if self.device.type == "cuda" and torch.cuda.is_bf16_supported():
+            return torch.autocast("cuda", torch.bfloat16)
+        return nullcontext()
+
+    def squared_error(self, index: Sequence[int], counted: Tensor, trim: float) -> Tensor:
+        """Return the sum of squared output errors over some tokens, float32.
+
+        Args:
+            index: Samples.
+            counted: Tokens that count, bool (len(index), seqlen) on the CPU.
+            trim: Share of the errors of these tokens, the largest, that is left out.
+        """
+        with self.precision():
+            output = self.block.forward(self.block.inputs(index))
+        tokens = counted.flatten().nonzero()[:, 0].to(self.device)
+        targets = self.block.targets(index).flatten(0, 1)
+        error = output.flatten(0, 1)[tokens].float() - targets[tokens].float()
+        if trim and (dropped := int(trim * error.numel())):
+            sizes = error.detach().abs().flatten()
+            error = error.flatten().masked_fill(sizes >= torch.topk(sizes, dropped).values[-1], 0.0)
+        return error.square().sum()
+
+
+@contextmanager
+def borrowed_weights(block: Block, shapes: Mapping[str, torch.Size]) -> Iterator[dict[str, nn.Parameter]]:
+    """Put parameters with gradients in place of the named weights, and give the module back as it was.
+
+    Raises OptionError for a weight that no linear layer of the block holds in this shape.
+    """
+    linears = {name: _linear(block, name, shape) for name, shape in shapes.items()}
+    originals = {name: linear.weight for name, linear in linears.items()}
+    frozen = [(parameter, parameter.requires_grad) for parameter in block.module.parameters()]
+    try:
+        for parameter, _ in frozen:
+            parameter.requires_grad_(False)
+        for linear in linears.values():
+            linear.weight = nn.Parameter(
+                torch.empty(linear.weight.shape, dtype=linear.weight.dtype, device=linear.weight.device)
+            )
+        yield {name: linear.weight for name, linear in linears.items()}
+    finally:
+        for name, linear in linears.items():
+            linear.weight = originals[name]
+        for parameter, flag in frozen:
+            parameter.requires_grad_(flag)
+
+
+def measure_importance(runner: Runner, index: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
+    """Return the mean square of each input column of the named linears, float32 (in,), over some samples.
+
+    A linear that no token reaches (an expert) is left out.
+    """
+    current = threading.local()
+    linears = {name: runner.block.module.get_submodule(runner.block.linears[name]) for name in names}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = args[0].detach().float().flatten(0, -2)
+            total, count = current.sums.get(name, (0.0, 0))
+            current.sums[name] = (total + rows.square().sum(0), count + len(rows))
+
+        return hook
+
+    def work(piece: Sequence[int]) -> dict[str, tuple[Tensor, int]]:
+        current.sums = {}
+        with torch.no_grad(), runner.precision():
+            runner.block.forward(runner.block.inputs(piece))
+        return dict(current.sums)
+
+    handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
+    try:
+        found = runner.each(work, index)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: mean for name in names if (mean := _mean([sums[name] for sums in found if name in sums])) is not None}
+
+
+def _mean(sums: Sequence[tuple[Tensor, int]]) -> Tensor | None:
+    count = sum(rows for _, rows in sums)
+    return torch.stack([total for total, _ in sums]).sum(0) / count if count else None
+
+
+def _linear(block: Block, name: str, shape: torch.Size) -> nn.Linear:
+    path = block.linears.get(name)
+    linear = block.module.get_submodule(path) if path is not None else None
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.shape != shape:
+        raise OptionError(
+            f"{name} is no linear layer of its own in {block.name}, so that autoround cannot tune it; "
+            f"round it to nearest with a rule {name}=autoround,recipe=rtn"
+        )
+    assert isinstance(linear, nn.Module)
+    return linear  # type: ignore[return-value]  # anything that multiplies by its weight will do

@@ -1,0 +1,129 @@
+"""``TunedWeight``: one weight with its learned rounding values, decoded for the forward pass and moved by its gradient.
+
+No autograd runs through the quantization: the block runs with the decoded weight, autograd gives the gradient at that weight,
+and the formulas of ``lowbit_autoround.ranges`` do the rest, piece by piece in cache, once a step however many batches add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lowbit import QuantizedTensor, Scheme
+from lowbit.workers import map_ranges
+from lowbit_autoround.ranges import Parts, Ranges, Steps
+
+PIECE = 1 << 18
+"""Weights in a piece: four float32 temporaries of it stay in a core's cache."""
+LARGEST_VALUE = 0.5
+"""V changes a code by one at most, in either direction (SignRound)."""
+
+
+class TunedWeight:
+    """A weight (out, in) in float32 groups (rows, groups, size), its rounding values V, and its ranges.
+
+    A short last group is filled up with its last weight, which changes no extreme; its gradients are zero.
+    """
+
+    def __init__(self, scheme: Scheme, shape: tuple[int, int], groups: Tensor, ranges: Ranges, lr: float) -> None:
+        self.scheme, self.shape, self.lr = scheme, shape, lr
+        self.ranges = ranges
+        self._groups, self._values = groups, torch.zeros_like(groups)
+        self._steps = ranges.steps()
+        self._divisor = _divisor(self._steps)
+
+    def decode(self, out: Tensor) -> None:
+        """Write the weight that the present state means to ``out`` (out, in), of any float dtype."""
+        steps = self._steps = self.ranges.steps()
+        self._divisor = _divisor(steps)
+
+        def work(start: int, stop: int) -> None:
+            weight = self._rounded(start, stop)[0].mul_(steps.scale[start:stop, :, None])
+            if steps.offset is not None:
+                weight.add_(steps.offset[start:stop, :, None])
+            out[start:stop] = weight.view(stop - start, -1)[:, : self.shape[1]]
+
+        self._map(work)
+
+    def learn(self, gradient: Tensor, fraction: float, tune_scales: bool) -> None:
+        """Take one step against ``gradient`` (out, in), the loss gradient at the weight that ``decode`` gave.
+
+        Args:
+            gradient: Any float dtype; it is overwritten.
+            fraction: What is left of the first step size.
+            tune_scales: Whether the ranges learn too.
+        """
+        by_scale, by_offset = torch.empty_like(self._divisor), torch.empty_like(self._divisor)
+        lr = self.lr * fraction
+        sign = self._steps.scale.sign()[..., None]
+
+        def work(start: int, stop: int) -> None:
+            grad = self._grouped(gradient[start:stop])
+            steps, unclamped, quotient = self._rounded(start, stop)
+            inside = grad.masked_fill(steps != unclamped, 0.0)
+            if tune_scales:
+                by_offset[start:stop] = (grad - inside).sum(-1)
+                by_scale[start:stop] = grad.mul_(steps).sub_(quotient.mul_(inside)).sum(-1)
+            move = inside.sign_().mul_(sign[start:stop])
+            self._values[start:stop].sub_(move, alpha=lr).clamp_(-LARGEST_VALUE, LARGEST_VALUE)
+
+        self._map(work)
+        if tune_scales:
+            self.ranges.learn(by_scale, by_offset, lr)
+
+    def parts(self) -> Parts:
+        """Return codes and stored parameters: exactly what ``decode`` last wrote, in memory of their own."""
+        rows, columns = self.shape
+        codes = torch.empty(rows, columns, dtype=torch.uint8, device=self._groups.device)
+
+        def work(start: int, stop: int) -> None:
+            steps = self._rounded(start, stop)[0].add_(_rows(self._steps.zero, start, stop))
+            codes[start:stop] = steps.to(torch.int16).to(torch.uint8).view(stop - start, -1)[:, :columns]
+
+        self._map(work)
+        return {"codes": codes, **{name: part.clone() for name, part in self._steps.parts.items()}}
+
+    def quantized(self, parts: Parts) -> QuantizedTensor:
+        """Return ``parts`` as a tensor of this weight's scheme."""
+        return QuantizedTensor(self.scheme, self.shape, parts)
+
+    def _rounded(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return whole steps u, the same before the clamp, and (w - offset) / scale, for some rows."""
+        steps, groups = self._steps, self._groups[start:stop]
+        if steps.offset is not None:
+            groups = groups - steps.offset[start:stop, :, None]
+        quotient = groups / self._divisor[start:stop, :, None]
+        unclamped = (quotient + self._values[start:stop]).round_()
+        zero = _rows(steps.zero, start, stop)
+        return (unclamped + zero).clamp_(0, steps.last).sub_(zero), unclamped, quotient
+
+    def _grouped(self, gradient: Tensor) -> Tensor:
+        missing = self._groups[0].numel() - gradient.shape[1]
+        grad = torch.nn.functional.pad(gradient, (0, missing)).float() if missing else gradient.float()
+        return grad.reshape(len(gradient), *self._groups.shape[1:])
+
+    def _map(self, work: Callable[[int, int], None]) -> None:
+        rows, columns = len(self._groups), self._groups[0].numel()
+        map_ranges(work, rows, columns, piece=PIECE if self._groups.device.type == "cpu" else rows * columns)
+
+
+def grouped(weight: Tensor, group_size: int | None) -> Tensor:
+    """Return ``weight`` (out, in) as float32 (out, groups, size) of its own, the short last group filled with its last weight."""
+    size = min(group_size or weight.shape[1], weight.shape[1])
+    groups = weight.float()
+    if missing := -weight.shape[1] % size:
+        groups = torch.cat((groups, groups[:, -1:].expand(-1, missing)), 1)
+    elif groups.data_ptr() == weight.data_ptr():
+        groups = groups.clone()
+    return groups.contiguous().view(len(weight), -1, size)
+
+
+def _divisor(steps: Steps) -> Tensor:
+    """Return the scales to divide by: 1 where a scale is 0, whose steps mean nothing."""
+    return steps.scale.masked_fill(steps.scale == 0, 1.0)
+
+
+def _rows(zero: Tensor | float, start: int, stop: int) -> Tensor | float:
+    return zero[start:stop, :, None] if isinstance(zero, Tensor) else zero
