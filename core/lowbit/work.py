@@ -14,6 +14,7 @@ from lowbit.lift import lift
 from lowbit.metrics import ErrorSum, compare, measure
 from lowbit.parts import TensorSpec
 from lowbit.plan import Action, Step
+from lowbit.proof import same_numbers
 from lowbit.registry import Registry
 from lowbit.tensors import PackedSpec, PackedTensor, QuantizedTensor
 
@@ -57,7 +58,9 @@ class Work:
         assert isinstance(step.target, PackedSpec)
         quantized = self.registry.packers[value.layout].unpack(value)
         result = step.packer.pack(lift(quantized, step.target.scheme))
-        return result, measure(dequantize(quantized), step.packer.unpack(result))
+        written = step.packer.unpack(result)
+        error = ErrorSum() if same_numbers(quantized, written) else measure(dequantize(quantized), written)
+        return result, error
 
 
 def finish(step: Step, weight: Tensor, quantized: QuantizedTensor) -> tuple[Value, ErrorSum]:

@@ -1,0 +1,90 @@
+"""Proof that two quantized weights are the same numbers, without writing either out as floats.
+
+A dequantized value is ``s * (q - z)``, two float32 operations on the parts of its own group. So when every scale has the same
+float32 value and every ``q - z`` is the same integer, every dequantized bit is the same; and when two weights of one scheme have
+the same parts, whatever the scheme is. That compares one byte for each weight in place of two float32 products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.scheme import Grid, Scheme, Zero
+from lowbit.tensors import QuantizedTensor, bit_equal
+from lowbit.workers import map_ranges
+
+
+def same_numbers(first: QuantizedTensor, second: QuantizedTensor) -> bool:
+    """Whether it is proved that every float32 bit of the two weights agrees; False where only their floats can tell."""
+    if first.shape != second.shape:
+        return False
+    if first.scheme == second.scheme:
+        return all(_equal(part, second.parts[name]) for name, part in first.parts.items())
+    if not (_integral(first.scheme) and _integral(second.scheme)):
+        return False
+    size = _common_group(first, second)
+    if size is None:
+        return False
+    scales, others = (_spread(weight.parts["scales"].float(), weight, size) for weight in (first, second))
+    return bit_equal(scales, others) and _same_values(first, second, size)
+
+
+def _integral(scheme: Scheme) -> bool:
+    """Whether a weight is a scale times an integer, with groups along the rows and nothing else to it."""
+    extras = scheme.outliers or scheme.rotation or scheme.permutation or scheme.flat or scheme.scales.two_level
+    return scheme.grid is Grid.AFFINE and scheme.zero in (Zero.SYMMETRIC, Zero.INTEGER) and not extras
+
+
+def _common_group(first: QuantizedTensor, second: QuantizedTensor) -> int | None:
+    """Return the smaller group size, if it divides the larger one and the rows; else None."""
+    columns = first.shape[1]
+    small, large = sorted(weight.scheme.group_size or columns for weight in (first, second))
+    return small if large % small == 0 and columns % large == 0 else None
+
+
+def _spread(values: Tensor, weight: QuantizedTensor, size: int) -> Tensor:
+    """Repeat (rows, groups) to groups of ``size``."""
+    return values.repeat_interleave((weight.scheme.group_size or weight.shape[1]) // size, dim=1)
+
+
+def _same_values(first: QuantizedTensor, second: QuantizedTensor, size: int) -> bool:
+    """Whether ``q - z`` is the same everywhere: codes differ by as much as their zeros do."""
+    rows, columns = first.shape
+    offsets = _zeros(first, size) - _zeros(second, size)
+    codes, others = first.parts["codes"], second.parts["codes"]
+    constant = bool((offsets == offsets.flatten()[0]).all()) if offsets.numel() else True
+
+    def same(start: int, stop: int) -> bool:
+        if constant:
+            return _equal_but(codes[start:stop], others[start:stop], int(offsets[0, 0]))
+        left = codes[start:stop].view(stop - start, -1, size).to(torch.int16)
+        return torch.equal(left - offsets[start:stop, :, None], others[start:stop].reshape(left.shape).to(torch.int16))
+
+    return all(map_ranges(same, rows, columns)) if first.parts["codes"].numel() else True
+
+
+def _equal_but(codes: Tensor, others: Tensor, offset: int) -> bool:
+    """Whether ``codes - offset`` equals ``others``, as integers and not modulo 256."""
+    if offset == 0:
+        return torch.equal(codes, others)
+    if offset < 0:
+        return bool(codes.max() <= 255 + offset) and torch.equal(codes + -offset, others)
+    return bool(codes.min() >= offset) and torch.equal(codes - offset, others)
+
+
+def _zeros(weight: QuantizedTensor, size: int) -> Tensor:
+    """Return the integer zeros, int16 (rows, groups of ``size``)."""
+    if weight.scheme.zero is Zero.INTEGER:
+        return _spread(weight.parts["zeros"], weight, size)
+    return torch.full((weight.shape[0], weight.shape[1] // size), weight.scheme.midpoint, dtype=torch.int16)
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two parts have the same bits; large ones are compared in parallel."""
+    if first.dim() < 2 or first.dtype.is_floating_point or first.device.type != "cpu":
+        return bit_equal(first, second)
+    pieces = map_ranges(
+        lambda start, stop: torch.equal(first[start:stop], second[start:stop]), len(first), first[0].numel()
+    )
+    return all(pieces)
