@@ -105,7 +105,9 @@ def test_other_formats_load_through_their_importers(target, tmp_path, tokens, qu
 
 
 def test_keep_packed_keeps_the_bits(llama_folder):
-    kept, released = (lowbit.load(llama_folder, dtype=torch.float32, keep_packed=keep) for keep in (True, False))
+    kept, released = (
+        lowbit.load(llama_folder, dtype=torch.float32, keep_packed=keep, prepare=True) for keep in (True, False)
+    )
     name = "model.layers.0.mlp.up_proj.weight"
     with lowbit.installed().open(llama_folder) as checkpoint:
         stored = checkpoint.read(name).buffers
@@ -114,6 +116,18 @@ def test_keep_packed_keeps_the_bits(llama_folder):
     kept.state_dict()
     with pytest.raises(CheckpointError, match="keep_packed=True"):
         released.state_dict()
+
+
+def test_layers_are_prepared_when_they_first_run(llama_folder, tokens):
+    """And only then are the packed bits given up, so that until then nothing was done beyond reading."""
+    lazy, ready = (lowbit.load(llama_folder, dtype=torch.float32, prepare=prepare) for prepare in (False, True))
+    first, second = (model.model.layers[1].mlp.up_proj for model in (lazy, ready))
+    assert (first.is_prepared, second.is_prepared) == (False, True)
+    assert first.packed.buffers
+    assert torch.equal(logits(lazy, tokens), logits(ready, tokens))
+    assert first.is_prepared
+    with pytest.raises(CheckpointError, match="keep_packed=True"):
+        _ = first.packed
 
 
 def test_generation_settings_of_the_checkpoint_are_used(llama_folder, tmp_path):

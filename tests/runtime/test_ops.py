@@ -41,6 +41,15 @@ def test_compiled_without_graph_break(layer, packed, registry, differentiated):
             torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), x)[0], gradient)
 
 
+def test_compiling_a_layer_that_is_not_prepared_says_what_to_do(packed, registry):
+    x = torch.randn(2, SHAPE[1])
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="prepare=True"):
+        torch.compile(QuantLinear.holding(packed, registry=registry), fullgraph=True, backend="eager")(x)
+    layer = QuantLinear.holding(packed, registry=registry)
+    found = torch.compile(layer, backend="eager")(x)  # a graph break, and the layer prepares itself
+    assert torch.equal(found, layer(x))
+
+
 def test_equal_layers_share_compiled_code(packed, registry):
     square = torch.nn.Linear(SHAPE[0], SHAPE[1])
     count = torch._dynamo.testing.CompileCounter()

@@ -71,7 +71,7 @@ def test_what_a_native_folder_cannot_be_is_refused(llama_folder, tmp_path):
     with pytest.raises(OutputError, match="no variant"):
         model.save_pretrained(tmp_path / "saved", variant="fp16")
     with pytest.raises(CheckpointError, match="keep_packed"):
-        lowbit.load(llama_folder).save_pretrained(tmp_path / "saved")
+        lowbit.load(llama_folder, prepare=True).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 

@@ -31,7 +31,7 @@ def load_model(path: Path, device: str, dtype: str | None) -> Any:
 
     from lowbit.runtime.load import load
 
-    return load(path, device, getattr(torch, dtype) if dtype else None)
+    return load(path, device, getattr(torch, dtype) if dtype else None, prepare=True)
 
 
 def load_tokenizer(path: Path) -> Any:

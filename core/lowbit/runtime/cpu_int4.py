@@ -17,6 +17,7 @@ GROUPS = (256, 128, 64, 32)
 """Group sizes that the product knows."""
 MOST_ROWS = 256
 """Rows of x from which decoding W once is faster."""
+_SCALES = "scales_and_zeros"
 
 
 class Int4Kernel(UnpackedKernel):
@@ -53,25 +54,28 @@ class Int4Kernel(UnpackedKernel):
         return None
 
     def code_specs(self, scheme: Scheme, shape: tuple[int, int]) -> dict[str, TensorSpec]:
-        """Nibbles and bfloat16 scales for each plane."""
+        """Nibbles and bfloat16 scales for each plane; buffers of their own, because taking a slice at each product costs 3 us."""
         size = group_size(scheme, shape[1])
         assert size is not None
-        planes = 1 if scheme.bits <= 4 else 2
+        nibbles = TensorSpec(torch.uint8, (shape[0], shape[1] // 2))
+        scales = TensorSpec(torch.bfloat16, (shape[1] // size, shape[0], 2))
         return {
-            "nibbles": TensorSpec(torch.uint8, (planes, shape[0], shape[1] // 2)),
-            "scales_and_zeros": TensorSpec(torch.bfloat16, (planes, shape[1] // size, shape[0], 2)),
+            f"{name}{plane}": spec
+            for plane in _planes(scheme)
+            for name, spec in (("nibbles", nibbles), (_SCALES, scales))
         }
 
     def arrange(self, quantized: QuantizedTensor) -> dict[str, Tensor]:
         """Pack the planes, and say scales and zeros in torch's way."""
         codes = quantized.parts["codes"] + shift(quantized.scheme)
-        planes = [codes] if quantized.scheme.bits <= 4 else [codes >> 4, codes & 0xF]
-        nibbles = torch.cat([int4_order.pack(plane)[None] for plane in planes])
-        return {"nibbles": nibbles, "scales_and_zeros": _scales_and_zeros(quantized)}
+        planes = [codes] if len(_planes(quantized.scheme)) == 1 else [codes >> 4, codes & 0xF]
+        arranged = {f"nibbles{number}": int4_order.pack(plane) for number, plane in enumerate(planes)}
+        return arranged | {f"{_SCALES}{number}": scales for number, scales in enumerate(_scales_and_zeros(quantized))}
 
     def codes(self, prepared: PackedTensor) -> Tensor:
         """Read the planes back."""
-        planes = [int4_order.unpack(plane, *prepared.shape) for plane in prepared.buffers["nibbles"]]
+        nibbles = [prepared.buffers[f"nibbles{plane}"] for plane in _planes(prepared.scheme)]
+        planes = [int4_order.unpack(plane, *prepared.shape) for plane in nibbles]
         codes = planes[0] if len(planes) == 1 else planes[0] << 4 | planes[1]
         return codes - shift(prepared.scheme)
 
@@ -82,15 +86,23 @@ class Int4Kernel(UnpackedKernel):
         flat = x.reshape(-1, columns)
         if flat.shape[0] > MOST_ROWS or x.dtype != torch.bfloat16:
             return matmul_rows(x, self.unpacked(prepared), bias)
-        nibbles, scales = prepared.buffers["nibbles"], prepared.buffers["scales_and_zeros"]
-        size = columns // scales.shape[1]
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu(flat.contiguous(), nibbles[0], size, scales[0])
-        if nibbles.shape[0] == 2:
+        buffers, flat = prepared.buffers, flat.contiguous()
+        size = columns // buffers[f"{_SCALES}0"].shape[0]
+        product = _product(flat, buffers["nibbles0"], size, buffers[f"{_SCALES}0"])
+        if "nibbles1" in buffers:
             product = product.float()
-            product += torch.ops.aten._weight_int4pack_mm_for_cpu(flat.contiguous(), nibbles[1], size, scales[1])
+            product += _product(flat, buffers["nibbles1"], size, buffers[f"{_SCALES}1"])
         if bias is not None:
             product = product + bias
-        return product.to(x.dtype).reshape(*x.shape[:-1], rows)  # type: ignore[no-any-return]
+        return product.to(x.dtype).reshape(*x.shape[:-1], rows)
+
+
+def _product(x: Tensor, nibbles: Tensor, size: int, scales: Tensor) -> Tensor:
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, nibbles, size, scales)  # type: ignore[no-any-return]
+
+
+def _planes(scheme: Scheme) -> range:
+    return range(1 if scheme.bits <= 4 else 2)
 
 
 def group_size(scheme: Scheme, columns: int) -> int | None:
@@ -128,7 +140,7 @@ def _scales_and_zeros(quantized: QuantizedTensor) -> Tensor:
     else:
         zeros = (scheme.midpoint - decode_scales(quantized, "zeros")) * scales
     low, high = (scales, zeros + 8 * scales), (16 * scales, torch.zeros_like(scales))
-    planes = [(scales, zeros)] if scheme.bits <= 4 else [high, low]
+    planes = [(scales, zeros)] if len(_planes(scheme)) == 1 else [high, low]
     size = group_size(scheme, columns)
     assert size is not None
     group = (

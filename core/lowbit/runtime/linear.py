@@ -40,6 +40,7 @@ class QuantLinear(nn.Linear):
         checkpoint: Decode W again in the backward pass (True), or keep it in ``dtype`` from the forward pass (False: faster,
             and as large as the dense weight).
         cache_dequantized: Keep W in ``dtype`` after the first use, and multiply by it when x has more than one row.
+        frugal: Release the packed buffers (``release``) as soon as the layer is prepared.
 
     Raises:
         NoRouteError: When no installed kernel serves; raised as soon as the buffers hold data.
@@ -55,9 +56,10 @@ class QuantLinear(nn.Linear):
         registry: Registry | None = None,
         checkpoint: bool = True,
         cache_dequantized: bool = False,
+        frugal: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # not Linear's: it would make a dense weight
-        self.spec, self.checkpoint, self.cache_dequantized = spec, checkpoint, cache_dequantized
+        self.spec, self.checkpoint, self.cache_dequantized, self.frugal = spec, checkpoint, cache_dequantized, frugal
         self.out_features, self.in_features = spec.shape
         self.compute_dtype = dtype or torch.get_default_dtype()
         self.choice: Choice | None = None
@@ -74,11 +76,17 @@ class QuantLinear(nn.Linear):
     @classmethod
     def from_packed(cls, packed: PackedTensor, bias: Tensor | None = None, **options: Any) -> QuantLinear:
         """Return a layer that holds these buffers and this bias as they are, prepared; ``options`` as of the class."""
+        layer = cls.holding(packed, bias, **options)
+        layer.prepare()
+        return layer
+
+    @classmethod
+    def holding(cls, packed: PackedTensor, bias: Tensor | None = None, **options: Any) -> QuantLinear:
+        """Return what ``from_packed`` returns, but to be prepared when it first runs."""
         layer = cls(packed.spec, device="meta", **options)
         layer._buffers.update(packed.buffers)
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
-        layer.prepare()
         return layer
 
     _packed: PackedTensor | None
@@ -88,6 +96,16 @@ class QuantLinear(nn.Linear):
     def kernel(self) -> Kernel | None:
         """The kernel that serves, once prepared."""
         return self.choice.kernel if self.choice else None
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the kernel has arranged the buffers."""
+        return self._packed is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        return next(buffer.device for buffer in self._buffers.values() if buffer is not None)
 
     @property
     def packed(self) -> PackedTensor:
@@ -113,6 +131,8 @@ class QuantLinear(nn.Linear):
 
     def prepare(self) -> None:
         """Choose the kernel for the device and dtype of now, and let it rearrange the buffers; a no-op on meta."""
+        if torch.compiler.is_compiling():
+            raise CheckpointError("layers are prepared before torch.compile(fullgraph=True): load with prepare=True")
         self._forget()
         packed = self.packed
         device = next(iter(packed.buffers.values())).device
@@ -126,6 +146,8 @@ class QuantLinear(nn.Linear):
                 self.register_buffer(_PREPARED + name, buffer, persistent=False)
         self.choice, self._packed = choice, prepared
         self._binding = ops.bind(choice.kernel, prepared.spec)
+        if self.frugal:
+            self.release()
 
     def release(self) -> None:
         """Give up the packed buffers where the kernel has its own arrangement: half the memory, but no ``state_dict``."""
@@ -198,7 +220,7 @@ class QuantLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Move the packed buffers bit for bit, the bias as ever, and prepare again when device or dtype changed."""
-        before = self._where()
+        before = self.device
         probe = fn(torch.empty(0, dtype=self.compute_dtype, device=before))
         stays = probe.device == before and probe.dtype == self.compute_dtype
         if stays:
@@ -211,9 +233,6 @@ class QuantLinear(nn.Linear):
             self.compute_dtype = probe.dtype
         self.prepare()
         return self
-
-    def _where(self) -> torch.device:
-        return next(buffer.device for buffer in self._buffers.values() if buffer is not None)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self._check_kept()

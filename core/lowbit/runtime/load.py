@@ -31,13 +31,14 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     keep_packed: bool = False,
+    prepare: bool = False,
     cache_dequantized: bool = False,
     registry: Registry | None = None,
 ) -> Any:
     """Load a model from a checkpoint of any installed format and return it, in evaluation mode, on ``device``.
 
-    Linears whose weights are packed become ``QuantLinear``; they are read one at a time, so that the peak is the model and
-    one weight. Packed weights of other modules (a GGUF file's embedding) are dequantized to ``dtype``. Everything else is
+    Linears whose weights are packed become ``QuantLinear``; each is read into the memory that it will keep, so that the peak is
+    the model and what a few weights need while they are arranged. Packed weights of other modules (a GGUF file's embedding) are dequantized to ``dtype``. Everything else is
     cast to ``dtype``: by default what the config says, but bfloat16 for packed weights where it says float32 or nothing, and on
     a CPU, where torch's packed products are fast in bfloat16 only.
 
@@ -46,7 +47,9 @@ def load(
         device: Where to put the model.
         dtype: Dtype of activations and of everything that is not packed.
         keep_packed: Keep the packed bits beside a kernel's own arrangement of them, so that the model can be saved, moved or
-            cast. Without it such a layer keeps the arrangement only.
+            cast. Without it such a layer keeps the arrangement only, once it has run.
+        prepare: Let the kernels arrange all weights now, several at once. Otherwise, on a CPU, each layer does it when it first
+            runs, and loading takes little more than reading. ``torch.compile(fullgraph=True)`` needs prepared layers.
         cache_dequantized: Keep a dense copy of each weight for products with more than one row.
         registry: Components to use; by default everything installed.
 
@@ -67,6 +70,8 @@ def load(
         model = streaming.build(config)
         model.to(place)
         streaming.fill(model, place, keep_packed, cache_dequantized)
+        if prepare or place.type != "cpu":
+            prepare_layers(model)
     return model
 
 
@@ -106,34 +111,37 @@ class Streaming:
                 self.tensors[name] = lazy_tensor(self.checkpoint, name, self.registry, self.dtype)
 
     def fill(self, model: nn.Module, device: torch.device, keep_packed: bool, cache_dequantized: bool) -> None:
-        """Read the packed weights, in the order of the file, and put a layer in each slot.
-
-        On a CPU as many layers are prepared at once as torch has threads, each by one: the tensors of a layer are too small to
-        share out.
-        """
+        """Read the packed weights, in the order of the file, as many at once as torch has threads, and put a layer in each slot."""
         assert self.slots is not None
-        options = {"dtype": self.dtype, "registry": self.registry, "cache_dequantized": cache_dequantized}
+        names = list(self.slots.linears)
 
-        def layer(value: PackedTensor, slot: PackedSlot) -> QuantLinear:
+        def layer(name: str) -> QuantLinear:
+            slot, value = _slot(model, self.slots.linears[name]), self._packed(name)  # type: ignore[union-attr]
             buffers = {name: buffer.to(device) for name, buffer in value.buffers.items()}
-            made = QuantLinear.from_packed(PackedTensor(slot.spec, buffers), slot.bias, **options)
-            if not keep_packed:
-                made.release()
+            options = {"dtype": self.dtype, "registry": self.registry, "cache_dequantized": cache_dequantized}
+            made = QuantLinear.holding(PackedTensor(slot.spec, buffers), slot.bias, frugal=not keep_packed, **options)
             return made.eval()
 
-        names, together = list(self.slots.linears), torch.get_num_threads() if device.type == "cpu" else 1
-        for start in range(0, len(names), together):
-            paths = [self.slots.linears[name] for name in names[start : start + together]]
-            values = [self._packed(name) for name in names[start : start + together]]
-            slots = [_slot(model, path) for path in paths]
-            made = map_ranges(lambda at, _, v=values, s=slots: layer(v[at], s[at]), len(values), PIECE)  # type: ignore[misc]
-            for path, found in zip(paths, made, strict=True):
-                replace_module(model, path, found)
+        made = map_ranges(lambda at, _: layer(names[at]), len(names), PIECE) if names else []
+        for name, found in zip(names, made, strict=True):
+            replace_module(model, self.slots.linears[name], found)
 
     def _packed(self, name: str) -> PackedTensor:
         value = self.checkpoint.read(name)
         assert isinstance(value, PackedTensor)
         return value
+
+
+def prepare_layers(model: nn.Module) -> None:
+    """Prepare every packed layer that is not: on a CPU as many at once as torch has threads, each by one.
+
+    The tensors of a layer are too small to share out.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear) and not module.is_prepared]
+    if layers and all(layer.device.type == "cpu" for layer in layers):
+        map_ranges(lambda at, _: layers[at].prepare(), len(layers), PIECE)
+    for layer in layers:
+        layer.prepared()
 
 
 def _slot(model: nn.Module, path: str) -> PackedSlot:
