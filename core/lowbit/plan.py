@@ -25,6 +25,9 @@ from lowbit.tensors import PackedSpec
 BASE_MEMORY = 450_000_000
 """Resident bytes of Python with torch loaded and worker threads started; measured 2026-11-21, CPU torch 2.13, Linux."""
 
+OUTLIER_BYTES = 20
+"""For each weight while outliers are placed: the weight, its error, gain and a sorted copy in float32, and a second dense part."""
+
 
 class Action(str, Enum):
     """What a step does: nothing, choose codes, move codes to another layout, write floats, or change a float dtype."""
@@ -60,6 +63,8 @@ class Step:
             scheme = self.choice.scheme if self.choice else _scheme(self.source)
             shape = (self.source.shape[0], self.source.shape[1])
             alive += sum(spec.nbytes for spec in part_specs(scheme, shape).values())
+            if scheme.outliers and self.action is Action.QUANTIZE:
+                alive += OUTLIER_BYTES * self.weights
         if isinstance(self.source, PackedSpec) and self.action in (Action.QUANTIZE, Action.DEQUANTIZE):
             alive += 4 * self.weights
         return alive
