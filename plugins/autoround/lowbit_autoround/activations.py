@@ -74,14 +74,13 @@ def borrowed_weights(block: Block, shapes: Mapping[str, torch.Size]) -> Iterator
     linears = {name: _linear(block, name, shape) for name, shape in shapes.items()}
     originals = {name: linear.weight for name, linear in linears.items()}
     frozen = [(parameter, parameter.requires_grad) for parameter in block.module.parameters()]
+    borrowed = {name: nn.Parameter(torch.empty_like(weight.data)) for name, weight in originals.items()}
     try:
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
-        for linear in linears.values():
-            linear.weight = nn.Parameter(
-                torch.empty(linear.weight.shape, dtype=linear.weight.dtype, device=linear.weight.device)
-            )
-        yield {name: linear.weight for name, linear in linears.items()}
+        for name, linear in linears.items():
+            linear.weight = borrowed[name]
+        yield borrowed
     finally:
         for name, linear in linears.items():
             linear.weight = originals[name]

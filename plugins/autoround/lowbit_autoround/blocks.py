@@ -111,13 +111,13 @@ def _starts(
 
 
 def _explain(block: Block, error: NotFiniteError) -> str:
-    """Say where NaN or infinity came from, and what helps."""
+    """Say where NaN or infinity came from, and what helps; the block's name is the caller's to add, as with all weights."""
     help_ = "or set fallback=rtn to round such blocks to nearest"
     for what, read in (("inputs", block.inputs), ("float outputs", block.targets)):
         for sample in range(block.samples):
             if not bool(torch.isfinite(read([sample])).all()):
                 return (
-                    f"{block.name}: the {what} of calibration sequence {sample} hold NaN or infinity, which float16 gives "
+                    f"the {what} of calibration sequence {sample} hold NaN or infinity, which float16 gives "
                     f"beyond 65504; calibrate in bfloat16 or float32, {help_}"
                 )
-    return f"{block.name}: the loss is {error.loss} at tuning step {error.step}; try a smaller lr, {help_}"
+    return f"the loss is {error.loss} at tuning step {error.step}; try a smaller lr, {help_}"

@@ -61,7 +61,8 @@ class Units:
     def __init__(self, values: Tensor, bits: int, super_group: int, signed: bool, what: str) -> None:
         self._groups, self._super_group = values.shape[1], super_group
         self._dtype = torch.int8 if signed else torch.uint8
-        self._low, self._high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+        self._low = -(2 ** (bits - 1)) if signed else 0
+        self._high = self._low + 2**bits - 1
         end = self._low if signed else self._high
         self.steps = store(self._extremes(values) / end, torch.float16, what)
         spread = self.steps.float().repeat_interleave(super_group, dim=1)[:, : self._groups]

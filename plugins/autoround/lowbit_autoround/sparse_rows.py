@@ -47,7 +47,7 @@ def sparse_rows(linears: Sequence[nn.Module]) -> Iterator[None]:
     changed = [linear for linear in linears if type(linear) is nn.Linear and "forward" not in vars(linear)]
     try:
         for linear in changed:
-            linear.forward = _forward(linear)  # type: ignore[method-assign]
+            vars(linear)["forward"] = _forward(linear)
         yield
     finally:
         for linear in changed:
@@ -60,7 +60,7 @@ def _forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
         if torch.is_autocast_enabled(kind):  # which does not look into functions of one's own
             dtype = torch.get_autocast_dtype(kind)
             inputs, weight = inputs.to(dtype), weight.to(dtype)
-        output: Tensor = _SparseRows.apply(inputs, weight)
+        output: Tensor = _SparseRows.apply(inputs, weight)  # type: ignore[no-untyped-call]
         return output if linear.bias is None else output + linear.bias.to(output.dtype)
 
     return forward
