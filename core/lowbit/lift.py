@@ -24,6 +24,7 @@ from lowbit.grids import decode_scales
 from lowbit.parts import torch_dtype
 from lowbit.scheme import Across, Grid, ScaleCoding, ScaleFormat, Scheme, Zero
 from lowbit.tensors import QuantizedTensor, bit_equal
+from lowbit.workers import map_ranges
 
 _WIDER = {"float16": ("float16", "float32"), "bfloat16": ("bfloat16", "float32", "float16"), "float32": ("float32",)}
 """Scale dtypes that hold a dtype's values; bfloat16 fits float16 unless its exponent is extreme, which the data decides."""
@@ -148,12 +149,31 @@ def _same_groups(source: Scheme, target: Scheme) -> bool:
 
 
 def _symmetric_codes(quantized: QuantizedTensor, target: Scheme) -> Tensor:
-    """Return codes whose zero is the target's midpoint; the static conditions say that every value fits."""
-    zeros = _zeros(quantized).repeat_interleave(quantized.scheme.group_size or quantized.shape[1], dim=1)
-    values = quantized.parts["codes"].to(torch.int16) - zeros[:, : quantized.shape[1]] + target.midpoint
-    if bool((values < 0).any()) or bool((values >= target.code_count).any()):
-        raise SchemeError(f"a value {int(values.min())} to {int(values.max())} is no {target.bits}-bit code")
-    return values.to(torch.uint8)
+    """Return codes whose zero is the target's midpoint.
+
+    The static conditions say that every value fits while codes and zeros are what the scheme says: only that is checked here.
+    """
+    codes, highest = quantized.parts["codes"], quantized.scheme.code_count - 1
+    offsets = target.midpoint - _zeros(quantized)  # (rows, groups)
+    if int(offsets.max()) > target.midpoint or int(offsets.min()) < target.midpoint - 2**quantized.scheme.bits + 1:
+        raise SchemeError(f"a zero point is outside 0 to {2**quantized.scheme.bits - 1}")
+    if bool((offsets == offsets[0, 0]).all()):
+        return codes + int(offsets[0, 0]) if int(offsets[0, 0]) else codes
+    columns, size = quantized.shape[1], quantized.scheme.group_size or quantized.shape[1]
+    result, small = torch.empty_like(codes), offsets.to(torch.uint8)  # below 0 it wraps, and the sum wraps back
+
+    def work(start: int, stop: int) -> None:
+        if int(codes[start:stop].max()) > highest:
+            raise SchemeError(f"a code is above {highest}, the highest of {quantized.scheme.summary()}")
+        spread = small[start:stop].repeat_interleave(size, dim=1)[:, :columns] if columns % size else None
+        if spread is None:
+            groups = codes[start:stop].view(stop - start, -1, size) + small[start:stop, :, None]
+            result[start:stop] = groups.view(stop - start, columns)
+        else:
+            result[start:stop] = codes[start:stop] + spread
+
+    map_ranges(work, len(codes), columns)
+    return result
 
 
 def _zeros(quantized: QuantizedTensor) -> Tensor:

@@ -31,14 +31,16 @@ def word_count(codes: int, bits: int) -> int:
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Pack each row of uint8 codes (rows, n) below 2**bits into int32 (rows, word_count(n, bits))."""
     packed = pack_bits(_dense(codes), bits)
-    nbytes = 4 * word_count(codes.shape[1], bits)
-    return _dense(pad(packed, (0, nbytes - packed.shape[1]))).view(torch.int32)  # a negative pad cuts zeros off
+    missing = 4 * word_count(codes.shape[1], bits) - packed.shape[1]
+    stream = pad(packed, (0, missing)) if missing else packed  # a negative pad cuts zeros off
+    return _dense(stream).view(torch.int32)
 
 
 def unpack_words(words: Tensor, bits: int, columns: int) -> Tensor:
     """Undo ``pack_words``: int32 (rows, word_count(columns, bits)) to uint8 (rows, columns)."""
     stream = _dense(words).view(torch.uint8)
-    return unpack_bits(pad(stream, (0, packed_width(columns, bits) - stream.shape[1])), bits, columns)
+    missing = packed_width(columns, bits) - stream.shape[1]
+    return unpack_bits(pad(stream, (0, missing)) if missing else stream, bits, columns)
 
 
 def pack_across(codes: Tensor, bits: int) -> Tensor:
