@@ -124,7 +124,7 @@ class Recipe:
         """Return the choice for every tensor that will be quantized.
 
         ``wanted`` holds the schemes that the format's variant asks for, by tensor; the default quantizer takes these tensors
-        too, and every choice for one of them is fitted to its scheme, and to its codebook if the layout has one. Raises OptionError for a rule that matches no weight,
+        and no others, and every choice for one of them is fitted to its scheme, and to its codebook if the layout has one. Raises OptionError for a rule that matches no weight,
         options that make no sense, or a quantizer that cannot give the wanted scheme; UnknownComponentError for an unknown
         quantizer.
         """
@@ -135,17 +135,17 @@ class Recipe:
                 raise OptionError(f"rule {rule.pattern!r} matches no 2-D weight; lowbit inspect lists the names")
         chosen = {}
         for name in weights:
-            decides = self._rule_for(name, name in wanted)
+            decides = self._rule_for(name, name in wanted if wanted else is_linear_name(name))
             choice = choices[id(decides)] if decides else None
             if choice is not None:
                 chosen[name] = choice.fitted(wanted[name], name, codebooks.get(name)) if name in wanted else choice
         return chosen
 
-    def _rule_for(self, name: str, wanted: bool) -> Rule | None:
+    def _rule_for(self, name: str, by_default: bool) -> Rule | None:
         for rule in self.rules:
             if fnmatchcase(name, rule.pattern):
                 return rule
-        return self.default if wanted or is_linear_name(name) else None
+        return self.default if by_default else None
 
     def _choice(self, rule: Rule, registry: Registry) -> Choice | None:
         if rule.quantizer == KEEP:

@@ -7,7 +7,7 @@ from lowbit.convert import convert
 from lowbit.errors import CheckpointError, OptionError
 from lowbit.interfaces import Metadata
 from lowbit.parts import TensorSpec
-from lowbit.plan import Target
+from lowbit.plan import Target, make_plan
 from lowbit.plugins import installed
 from lowbit.recipe import Recipe, Rule
 from lowbit_formats import gguf_mixes
@@ -191,3 +191,27 @@ def test_ternary_weights_move_to_the_layout_that_is_asked_for(floats, tmp_path):
 def test_types_that_are_not_written_are_refused_with_the_reason(floats, tmp_path):
     with pytest.raises(OptionError, match=r"'iq2_xs': IQ2_XS is read here, .*; it has q8_0"):
         convert(floats, tmp_path / "out.gguf", Target.parse("gguf:iq2_xs"), installed(), Recipe(Rule("*", "ggml")))
+
+
+def test_matrices_that_a_mix_leaves_out_are_kept(gguf_models, tmp_path):
+    """Blocks of 128 do not divide the rows of 192 that this model has: the default quantizer does not take them either."""
+    with GgufImporter().open(_narrow(gguf_models, tmp_path)) as checkpoint:
+        plan = make_plan(checkpoint, Recipe(Rule("*", "ggml")), Target.parse("gguf:q1_0"), installed())
+    layouts = {step.name: getattr(step.target, "layout", None) for step in plan.steps}
+    assert layouts["model.layers.0.mlp.down_proj.weight"] == "gguf-q1_0"
+    assert layouts[LINEAR] is None
+
+
+def _narrow(gguf_models, tmp_path):
+    source = tmp_path / "narrow.gguf"
+
+    class Narrow(gguf_models.Recipe):
+        def shapes(self):
+            cut = {256: 192, 128: 96}
+            wide = super().shapes()
+            return {name: tuple(cut.get(length, length) for length in shape) for name, shape in wide.items()}
+
+    recipe = Narrow(heads=4, keys={"llama.embedding_length": 192})
+    recipe.types = {name: "F16" if len(shape) == 2 else "F32" for name, shape in recipe.shapes().items()}
+    gguf_models.write(source, recipe)
+    return source

@@ -4,6 +4,7 @@ Loaded by the fixture ``llama`` in conftest.py.
 """
 
 import ctypes
+import os
 import re
 
 import llama_cpp
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 from llama_cpp import llama_cpp as api
 
-THREADS = 1
-"""Of a model: ggml's threads wait for one another in busy loops, which costs more than it saves where the machine has other work."""
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
+"""Of a model: ggml's threads wait for one another in busy loops, so there should be no more of them than free cores."""
 _LINE = re.compile(r"\] +(\S+) +- \[[^]]*\], type = +\S+, size = .*?->.*?\((\w+)\)")
 
 

@@ -33,8 +33,11 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_fre
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 LOCAL = {"rope_type": "default", "rope_theta": 5000.0}
-LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64}
-LONG |= {"short_factor": [1.0, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6], "long_factor": [float(2 + step) for step in range(8)]}
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256}
+LONG |= {
+    "short_factor": [1.0, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6],
+    "long_factor": [float(2 + step) for step in range(8)],
+}
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
 GEMMA = {"sliding_window": 32, "query_pre_attn_scalar": 256, "head_dim": 256, "num_hidden_layers": 7}
 CASES = {
@@ -49,7 +52,7 @@ CASES = {
     "gemma3-linear": ("Gemma3", {**GEMMA, "rope_parameters": {"full_attention": LINEAR, "sliding_attention": LOCAL}}),
     "mistral-heads": ("Mistral", {"sliding_window": None, "head_dim": 32}),
     "phi3": ("Phi3", {"head_dim": None, "original_max_position_embeddings": 256}),
-    "phi3-longrope": ("Phi3", {"head_dim": None, "original_max_position_embeddings": 64, "rope_parameters": LONG}),
+    "phi3-longrope": ("Phi3", {"head_dim": None, "max_position_embeddings": 512, "rope_parameters": LONG}),
     "phi3-partial": ("Phi3", {"head_dim": None, "rope_parameters": PARTIAL, "original_max_position_embeddings": 256}),
     "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN}),
 }

@@ -143,7 +143,9 @@ def test_plans_have_the_types_that_llama_quantize_gives(name, calibrated, float1
         plan = plan_conversion(checkpoint, target, GGML, registry, ones if calibrated else {})
     expected = llama.planned_types(float16, gguf_mixes.id_of(name), factors)
     if expected is None:
-        assert name == "q1_0", "llama.cpp has no fallback for rows that no block of Q1_0 fits; here they stay float16"
+        assert name == "q1_0", "llama.cpp has no fallback for rows that no block of Q1_0 fits"
+        down = [step.name for step in plan.steps if isinstance(step.target, PackedSpec)]
+        assert len(down) == 30, "only these have rows that blocks of 128 fit; the others stay float16"
         return
     names = BY_MODEL_TYPE["llama"]
     found = {
@@ -173,7 +175,7 @@ def test_files_are_like_llama_quantizes(name, float16, llama):
     assert compared == len(ours.tensors) or name not in ("q4_0", "q8_0")
 
 
-@pytest.mark.parametrize("name", ["q2_k", "q3_k_m", "q5_k_m", "q6_k", "iq4_nl", "tq1_0"])
+@pytest.mark.parametrize("name", ["q2_k", "q3_k_m", "q6_k", "iq4_nl"])
 def test_quantized_logits_are_those_of_the_same_weights(name, gguf_source, llama, tmp_path):
     """llama.cpp rounds activations to 8 bits before it multiplies: measured differences are 0.5 to 2% of the logits' spread."""
     path = tmp_path / "model.gguf"
@@ -190,7 +192,7 @@ def test_quantized_logits_are_those_of_the_same_weights(name, gguf_source, llama
 
 def test_a_split_model_loads_whole(gguf_source, llama, tmp_path):
     """llama.cpp finds the other files by the name of the first, and checks their numbers and the count of tensors."""
-    convert(gguf_source, tmp_path / "parts", Target.parse("gguf:q8_0"), installed(), GGML, shard_size=4_000_000)
+    convert(gguf_source, tmp_path / "parts", Target.parse("gguf:q8_0"), installed(), GGML, shard_size=400_000)
     convert(gguf_source, tmp_path / "whole.gguf", Target.parse("gguf:q8_0"), installed(), GGML)
     files = sorted((tmp_path / "parts").glob("*.gguf"))
     assert len(files) > 2

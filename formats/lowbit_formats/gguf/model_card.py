@@ -69,9 +69,9 @@ def from_keys(keys: Keys) -> bytes | None:
     if not fields:
         return None
     lines = ["---"]
-    for name, value in fields.items():
-        quoted = [json.dumps(item, ensure_ascii=False) for item in ([value] if isinstance(value, str) else value)]
-        lines += [f"{name}: {quoted[0]}"] if isinstance(value, str) else [f"{name}:", *(f"- {item}" for item in quoted)]
+    for field, said in fields.items():
+        quoted = [json.dumps(item, ensure_ascii=False) for item in ([said] if isinstance(said, str) else said)]
+        lines += [f"{field}: {quoted[0]}"] if isinstance(said, str) else [f"{field}:", *(f"- {item}" for item in quoted)]
     title = keys.text("general.name", "Model")
     lines += [
         "---",
