@@ -111,6 +111,7 @@ _ORDER = (
     "source_fingerprint",
     "command",
     "quantizers",
+    "act_order",
     "format",
     "lowbit_version",
     "torch_version",

@@ -20,6 +20,7 @@ import lowbit
 from lowbit.calibration.wishes import Wishes
 from lowbit.card import command_line, fingerprint, write_card
 from lowbit.errors import OutputError, VerificationError
+from lowbit.fold import fold_act_order
 from lowbit.interfaces import DEFAULT_SHARD_SIZE, Calibration, Checkpoint, Metadata, Value
 from lowbit.metrics import ErrorSum
 from lowbit.plan import Action, Plan, Step, Target, make_plan
@@ -88,12 +89,22 @@ def convert(
     Raises a LowbitError for everything that is the user's to solve, before any work where headers can tell.
     """
     check_destination(destination, overwrite)
-    with registry.open(source) as checkpoint:
+    with open_source(source, target, recipe, registry) as checkpoint:
         known = known_calibration(checkpoint, registry, imatrix, calibrating)
         plan = plan_conversion(checkpoint, target, recipe, registry, known, calibrating)
         report = progress or (lambda phase, step: None)
         with calibrated(plan, checkpoint, destination, registry, known, calibrating, note, report) as finished:
             return execute(plan, checkpoint, destination, registry, known, overwrite, shard_size, progress, finished)
+
+
+def open_source(source: Path, target: Target, recipe: Recipe, registry: Registry) -> Checkpoint:
+    """Open a checkpoint; where codes are moved, what act-order the format lacks is folded into neighbours if it can be."""
+    checkpoint = registry.open(source)
+    try:
+        return checkpoint if recipe.quantizes else fold_act_order(checkpoint, target.format, registry)
+    except BaseException:
+        checkpoint.close()
+        raise
 
 
 def known_calibration(

@@ -15,6 +15,7 @@ from torch import Tensor
 from lowbit import lift
 from lowbit.errors import LowbitError, OptionError
 from lowbit.exact import exact_scheme
+from lowbit.fold import DOWN, SIBLINGS
 from lowbit.interfaces import Exporter, Quantizer
 from lowbit.options import build_options
 from lowbit.recipe import Choice
@@ -47,7 +48,10 @@ def way_out(registry: Registry, scheme: Scheme, shape: tuple[int, int], format: 
     names = exact_alternatives(registry, scheme, shape, format)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     holds = f"these formats can, exactly: {', '.join(names[:SHOWN])}{more}" if names else "no installed format can"
-    return f"{holds}; --allow-requantize chooses new codes"
+    folding = (
+        f"; of act-order only that of {DOWN} can be folded, into {' and '.join(SIBLINGS)}" if scheme.permutation else ""
+    )
+    return f"{holds}{folding}; --allow-requantize chooses new codes"
 
 
 def nearest_choice(registry: Registry, scheme: Scheme, shape: tuple[int, int], exporter: Exporter) -> Choice | None:

@@ -15,7 +15,7 @@ from lowbit.errors import SchemeError, WeightError
 from lowbit.parts import TensorSpec, part_specs
 from lowbit.scheme import Across, BinaryForm, Grid, Scheme, Zero
 
-_ROW_PARTS = frozenset(
+ROW_PARTS = frozenset(
     f"{prefix}{name}{suffix}"
     for name in ("codes", "scales", "zeros", "minimums")
     for prefix, suffix in (("", ""), ("super_", ""), ("super_", "_zeros"))
@@ -55,7 +55,7 @@ class QuantizedTensor:
         if _is_sum(self.scheme):  # planes come first
             cut = {name: self.parts[name][:, start:stop] for name in ("planes", "scales")}
         else:
-            cut = {name: part[start:stop] for name, part in self.parts.items() if name in _ROW_PARTS}
+            cut = {name: part[start:stop] for name, part in self.parts.items() if name in ROW_PARTS}
         return QuantizedTensor(self.scheme, shape, {**self.parts, **cut})
 
     @property

@@ -100,7 +100,7 @@ def test_act_order_goes_to_gptq_and_native_only(tmp_path, target):
     assert convert(tmp_path / "native", tmp_path / "gptq", Target("gptq"), REGISTRY).error.exact
     with pytest.raises(NoRouteError, match="act-order") as raised:
         convert(source, tmp_path / "b", Target(target), REGISTRY)
-    assert "these formats can, exactly: gptq, native; --allow-requantize" in str(raised.value)
+    assert "these formats can, exactly: gptq, native; of act-order only that of down_proj can be" in str(raised.value)
 
 
 def test_a_scale_that_float16_lacks_is_refused_where_only_float16_would_do(tmp_path):

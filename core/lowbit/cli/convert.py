@@ -36,7 +36,7 @@ SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     "rules",
     multiple=True,
     metavar="GLOB=QUANTIZER,KEY=VALUE",
-    help="Options for some tensors; the first match decides, GLOB=none keeps; repeatable.",
+    help="Options for some tensors; the first match decides, GLOB=none keeps, @FILE reads them; repeatable.",
 )
 @click.option(
     "--format", "-f", "format", default="native", show_default=True, help="FORMAT or FORMAT:VARIANT, such as gguf:q4_0."
@@ -81,7 +81,7 @@ def convert_command(source: Path, destination: Path, as_json: bool, quiet: bool,
     --dataset names another; finished blocks are kept in DESTINATION.lowbit-work until the end, for --resume. Ctrl-C stops behind
     the block that is worked on, with exit code 75.
     """
-    from lowbit.convert import calibrated, execute, known_calibration, plan_conversion
+    from lowbit.convert import calibrated, execute, known_calibration, open_source, plan_conversion
     from lowbit.loaders import check_loader
     from lowbit.plan import Target
     from lowbit.plugins import installed
@@ -92,7 +92,7 @@ def convert_command(source: Path, destination: Path, as_json: bool, quiet: bool,
     recipe = _recipe(flags, registry)
     if not dry_run:
         check_destination(destination, flags["overwrite"])
-    with registry.open(source) as checkpoint:
+    with open_source(source, target, recipe, registry) as checkpoint:
         wishes = wishes_of(flags)
         known = known_calibration(checkpoint, registry, flags["imatrix"], wishes)
         plan = plan_conversion(checkpoint, target, recipe, registry, known, wishes)
