@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit_cuda.errors import CudaUnavailableError, KernelBuildError
+from lowbit_cuda.records import BuiltKernel, write_record
 
 if TYPE_CHECKING:
     from cuda.core import ObjectCode
@@ -72,11 +74,13 @@ def compile_text(text: str, program: KernelProgram, arch: str) -> ObjectCode:
     found = store.get(key)
     if found is not None:
         return core.ObjectCode.from_cubin(found, name=program.name)
+    started = time.perf_counter()
     try:
         built = core.Program(text, "c++", options=options).compile("cubin")
     except Exception as error:  # cuda.core raises its own and NVRTC's types, with the log in the text
         raise KernelBuildError(f"{program.name} does not compile for {arch}: {error}") from error
     store[key] = built
+    write_record(cache_folder(), BuiltKernel(program.name, arch, len(built.code), time.perf_counter() - started), key)
     return built
 
 
@@ -89,7 +93,12 @@ def cache_folder() -> Path:
 
 def _store() -> Any:
     folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CudaUnavailableError(
+            f"{folder} cannot be made to keep compiled kernels ({error.strerror}); set LOWBIT_CACHE_DIR to a folder that can"
+        ) from error
     return _cuda_core().utils.FileStreamProgramCache(folder)
 
 

@@ -17,7 +17,9 @@ from lowbit.cli.doctor import doctor_command
 from lowbit.cli.eval import eval_command
 from lowbit.cli.generate import generate_command
 from lowbit.cli.inspect import inspect_command
+from lowbit.cli.kernels import kernels_command
 from lowbit.cli.plugins import plugins_command
+from lowbit.cli.sensitivity import sensitivity_command
 from lowbit.errors import LowbitError, PausedError
 
 EXIT_ERROR, EXIT_PAUSED, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 75, 130, 143  # 75: BSD's EX_TEMPFAIL, try again
@@ -43,6 +45,8 @@ for command in (
     generate_command,
     eval_command,
     bench_command,
+    sensitivity_command,
+    kernels_command,
 ):
     cli.add_command(command)
 

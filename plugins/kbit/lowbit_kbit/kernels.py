@@ -11,6 +11,7 @@ from lowbit.interfaces import Kernel, MatmulProblem
 from lowbit.scheme import Across, Grid, ScaleCoding
 from lowbit_cuda.available import capability_reason, why_not_cuda
 from lowbit_kbit.packers import StreamPacker
+from lowbit_kbit.streams import MOST_CODES
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -37,6 +38,8 @@ class StreamKernel(Kernel):
             return f"writes {self.packer.layout} as float16, bfloat16 or float32, not {problem.dtype}"
         if problem.capability is not None and (reason := capability_reason(problem.capability)):
             return reason
+        if problem.shape[0] * problem.shape[1] >= MOST_CODES:
+            return f"counts fewer than {MOST_CODES} weights, got {problem.shape[0]}x{problem.shape[1]}"
         return why_not_cuda() or self.packer.why_not(problem.scheme, problem.shape)
 
     def dequantize(self, packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -16,6 +16,8 @@ from lowbit.errors import WeightError
 from lowbit_cuda.loaded import LoadedKernel, check_buffer, load
 from lowbit_cuda.program import KernelProgram
 from lowbit_kbit.arithmetic import NOT_FINITE, overflow
+from lowbit_kbit.codebooks import midpoints
+from lowbit_kbit.streams import MOST_CODES
 from lowbit_kbit.tables import SearchTables, search_tables
 
 FOLDER = Path(__file__).parent / "cuda"
@@ -28,8 +30,12 @@ SCALE_TYPES: Mapping[torch.dtype, str] = MappingProxyType(
 LAYOUTS = ("Codes", "Words", "Dense")
 RULES = ("absmax", "signed", "given")
 THREADS = 256
-BLOCKS_PER_PROCESSOR = 8
-CODES_PER_BLOCK = 8 * 4 * THREADS  # of the dequantize kernel
+BLOCKS_PER_PROCESSOR = 32  # 57 us with 8, 54 with 16, 32 and 64 (14336x4096 fp16, k = 4, H200, 2026-11-21)
+DEQUANTIZE_THREADS = 256
+DEQUANTIZE_BLOCKS = 128
+BYTES_PER_BLOCK = 16 * 2 * DEQUANTIZE_THREADS  # that the dequantize kernel writes at a time
+WORD_CHUNKS = MappingProxyType({32: 4, 16: 8, 10: 5, 8: 4, 6: 3, 5: 5, 4: 2})
+"""Chunks of eight codes that a thread of ``repack.cu`` packs into words, by codes in a word."""
 KEPT_BYTES = 128
 """Weights of a group that a lane keeps in registers; of larger groups it reads them twice, the second time from a cache."""
 
@@ -49,7 +55,9 @@ def team_for(group: int, columns: int, stride: int, itemsize: int) -> Team:
     while group % vector or columns % vector or stride % vector:
         vector //= 2
     vectors = -(-group // vector)
-    lanes = min(32, 1 << (vectors - 1).bit_length())
+    lanes = min(THREADS, 1 << (vectors - 1).bit_length())
+    if lanes > 32 and vectors <= 32 * KEPT_BYTES // (vector * itemsize):
+        lanes = 32  # a warp keeps the group, and need not wait for others
     loops = -(-vectors // lanes)
     return Team(vector, lanes, loops if loops * vector * itemsize <= KEPT_BYTES else 0)
 
@@ -74,6 +82,7 @@ def quantize_program(
 def repack_program(source: str, target: str, bits: int) -> KernelProgram:
     """Return an instance of ``repack.cu``; layouts are named as in ``LAYOUTS``."""
     defines: dict[str, str | int] = {"LOWBIT_FROM": source, "LOWBIT_TO": target, "LOWBIT_BITS": bits}
+    defines["LOWBIT_WORD_CHUNKS"] = WORD_CHUNKS[32 // bits]
     return KernelProgram(FOLDER / "repack.cu", "lowbit_kbit_repack", defines, (FOLDER,))
 
 
@@ -92,8 +101,8 @@ def dequantize_program(
     return KernelProgram(FOLDER / "dequantize.cu", "lowbit_kbit_dequantize", defines, (FOLDER,))
 
 
-def programs() -> Sequence[KernelProgram]:
-    """Return an instance of every kernel for each thing that changes its code, for ``lowbit kernels`` and for tests."""
+def programs(arch: str) -> Sequence[KernelProgram]:
+    """Return an instance of every kernel for each thing that changes its code; ``lowbit kernels`` builds them for ``arch``."""
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
     usual = team_for(64, 4096, 4096, 2)
     return (
@@ -102,7 +111,7 @@ def programs() -> Sequence[KernelProgram]:
         quantize_program(brain, brain, "signed", team_for(4096, 4096, 4096, 2), 2),
         quantize_program(single, single, "absmax", team_for(17, 51, 51, 4), 0),
         quantize_program(single, half, "given", team_for(128, 4096, 4096, 4), 4),
-        quantize_program(half, half, "absmax", usual, 0, stochastic=True),
+        quantize_program(half, half, "absmax", usual, 1, stochastic=True),
         *(repack_program("Codes", layout, bits) for layout in LAYOUTS[1:] for bits in (3, 4)),
         *(repack_program(layout, "Codes", 5) for layout in LAYOUTS[1:]),
         repack_program("Words", "Dense", 6),
@@ -179,8 +188,8 @@ def why_not_quantize(weight: Tensor, group: int) -> str | None:
     """Return None when ``quantize`` takes this weight, else the reason; views are copied by the caller."""
     if weight.dtype not in TYPES:
         return f"the kernel reads float16, bfloat16 and float32, not {weight.dtype}"
-    if weight.numel() >= 2**31:
-        return f"the kernel counts fewer than 2^31 weights, got {weight.numel()}"
+    if weight.numel() >= MOST_CODES:
+        return f"the kernel counts fewer than {MOST_CODES} weights, got {weight.numel()}"
     if weight.stride(1) != 1 and weight.shape[1] > 1:
         return "the elements of a row must lie side by side"
     if weight.data_ptr() % 16:
@@ -206,9 +215,13 @@ def repack(source: str, target: str, bits: int, buffer: Tensor, count: int, out:
 
 def _repack_chunks(target: str, bits: int) -> int:
     """Return the chunks of eight codes that a thread of ``repack.cu`` takes."""
-    if target == "Words":
-        return {32: 4, 16: 2, 10: 5, 8: 1, 6: 3, 5: 5, 4: 1}[32 // bits]
-    return 2 if target == "Codes" else 4
+    return WORD_CHUNKS[32 // bits] if target == "Words" else 2 if target == "Codes" else 4
+
+
+def _divider(divisor: int) -> tuple[int, int]:
+    """Return multiplier and shift of a Divider of ``dequantize.cu``: exact for numbers below 2^31."""
+    shift = (divisor - 1).bit_length() - 1
+    return (0, 0) if divisor == 1 else (-(-(1 << 32 + shift) // divisor), shift)
 
 
 def dequantize(
@@ -239,13 +252,15 @@ def dequantize(
     whole = columns % group == 0 and group % 8 == 0
     supers, super_group, second_levels = second or (None, 1, 1)
     super_dtype = None if supers is None else supers.dtype
-    program = dequantize_program(layout, bits, out.dtype, scales.dtype, super_dtype, whole)
-    _load(program, buffer)(
-        max(1, -(-out.numel() // CODES_PER_BLOCK)),
-        THREADS,
+    kernel = _load(dequantize_program(layout, bits, out.dtype, scales.dtype, super_dtype, whole), buffer)
+    tiles = max(1, -(-out.numel() * out.element_size() // BYTES_PER_BLOCK))
+    kernel(
+        min(tiles, kernel.processors * DEQUANTIZE_BLOCKS),
+        DEQUANTIZE_THREADS,
         *(buffer, codebook, scales, supers, out),
         np.uint64(out.numel()),
-        *(np.uint32(value) for value in (columns, group, groups, super_group, second_levels)),
+        *(np.uint32(value) for value in (columns, group, groups, second_levels)),
+        *(np.uint32(value) for each in (max(1, group // 8), groups, super_group) for value in _divider(each)),
     )
 
 
@@ -261,8 +276,5 @@ def _tables(codebook: Tensor, device: torch.device, stochastic: bool) -> tuple[S
 def _cached_tables(entries: tuple[float, ...], device: torch.device, stochastic: bool) -> tuple[SearchTables, Tensor]:
     """Return the search tables of a codebook and its entries, on a device; they are small, and fixed codebooks recur."""
     codebook = torch.tensor(entries)
-    tables = search_tables(codebook)
-    if stochastic:  # counts the entries at or below x, by halves
-        edges = torch.cat((codebook[1:], torch.tensor([torch.inf])))
-        tables = SearchTables(edges, tables.below[:1], 0, 0.0, 0.0)
+    tables = search_tables(codebook[1:] if stochastic else midpoints(codebook))
     return tables.to(device), codebook.to(device)

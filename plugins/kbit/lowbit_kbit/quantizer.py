@@ -21,6 +21,7 @@ from lowbit_kbit.learned import learn_codebook
 from lowbit_kbit.options import KbitOptions, user_entries
 from lowbit_kbit.rounding import stochastic_codes
 from lowbit_kbit.search import candidate_factors, search_scales
+from lowbit_kbit.streams import MOST_CODES
 
 PIECE = 1 << 20
 SEARCH_PIECE = 1 << 19  # smaller pieces lose to the cost of calls, larger ones to the cache
@@ -174,7 +175,7 @@ class _Work:
     def run(self) -> dict[str, Tensor]:
         """Return all parts, filled."""
         rows, columns = self._weight.shape
-        if self._weight.is_cuda and rows * columns and why_not_cuda(self._weight.device.index) is None:
+        if self._weight.is_cuda and 0 < rows * columns < MOST_CODES and why_not_cuda(self._weight.device.index) is None:
             self._on_gpu()
         else:
             piece = SEARCH_PIECE if self._search else PIECE

@@ -18,6 +18,7 @@ from lowbit_cuda.available import why_not_cuda
 
 WORDS, DENSE = "words", "dense"
 LAYOUTS = (WORDS, DENSE)
+MOST_CODES = 2**31  # that the kernels count
 _PIECE = 1 << 20
 _CODES_OF_A_STEP = 480  # whole words of every layout, and whole bytes: a multiple of 4, 5, 6, 8, 10, 16 and 32
 
@@ -48,7 +49,7 @@ def _convert(source: str, target: str, buffer: Tensor, bits: int, count: int) ->
     out = torch.empty(size, dtype=torch.uint8 if target == "codes" else torch.int32, device=buffer.device)
     if not count:
         return out
-    if buffer.is_cuda and why_not_cuda(buffer.device.index) is None:
+    if buffer.is_cuda and count < MOST_CODES and why_not_cuda(buffer.device.index) is None:
         from lowbit_kbit.launches import repack
 
         aligned = buffer if buffer.data_ptr() % 16 == 0 else buffer.clone()

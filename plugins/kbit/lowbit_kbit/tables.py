@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit_kbit.codebooks import midpoints
-
 SLOTS = (256, 512, 1024, 2048, 4096)
 MARGIN = 0.75
 COMPARES = (1, 2, 4)
@@ -35,9 +33,11 @@ class SearchTables:
         return SearchTables(self.edges.to(device), self.below.to(device), self.compares, self.step, self.start)
 
 
-def search_tables(codebook: Tensor) -> SearchTables:
-    """Return the smallest tables that need one comparison for an ascending float32 codebook on the CPU, or else the fewest."""
-    edges = midpoints(codebook)
+def search_tables(edges: Tensor) -> SearchTables:
+    """Return the smallest tables that need one comparison for ascending float32 ``edges`` on the CPU, or else the fewest.
+
+    The edges are the midpoints of a codebook or, for stochastic rounding, its entries but the first: ``(2**k - 1,)``.
+    """
     padded = torch.cat((edges, torch.tensor([torch.inf])))
     low, high = float(edges[0]), float(edges[-1])
     width = (high - low) or 1.0

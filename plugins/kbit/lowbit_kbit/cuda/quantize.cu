@@ -4,7 +4,7 @@
 //   LOWBIT_SCALE    how scales are stored: float, __half or __nv_bfloat16
 //   LOWBIT_RULE     0: absmax; 1: signed absmax; 2: scales are given, in `scales`
 //   LOWBIT_VECTOR   weights that one lane loads at once, 1 to 16; it divides every group and every row, and so the addresses
-//   LOWBIT_LANES    lanes that share a group: a power of two up to 32
+//   LOWBIT_LANES    lanes that share a group: a power of two up to 256
 //   LOWBIT_LOOPS    vectors that a lane keeps of a group; 0: too many, they are read twice
 //   LOWBIT_COMPARES midpoints that may lie between a slot's count and x, or 0: binary search
 //   LOWBIT_RANDOM   1: stochastic rounding
@@ -92,7 +92,7 @@ __device__ __forceinline__ void store(uint8_t* to, const uint8_t (&codes)[kVecto
 
 struct Tables {
   float edges[256];    // midpoints, then infinity; with LOWBIT_RANDOM the entries, then infinity
-  uint8_t below[kMostSlots];
+  alignas(16) uint8_t below[kMostSlots];
 
   // How many edges lie strictly below x (with LOWBIT_RANDOM: at or below). `entries` is a power of two.
   __device__ __forceinline__ uint32_t count(float x, const Grid& grid) const {
@@ -102,7 +102,7 @@ struct Tables {
     const uint32_t slot = __float_as_uint(fmaf(share, static_cast<float>(grid.slots - 1), 8388608.0f)) - 0x4b000000u;
     uint32_t found = below[slot];
 #pragma unroll
-    for (int i = 0; i < LOWBIT_COMPARES; ++i) found += edges[found] < x;
+    for (int i = 0; i < LOWBIT_COMPARES; ++i) found += LOWBIT_RANDOM ? edges[found] <= x : edges[found] < x;
     return found;
 #else
     uint32_t found = 0;
@@ -116,19 +116,37 @@ struct Tables {
 };
 
 // The entry below x or the one above, with the chances that make x the mean.
-__device__ __forceinline__ uint32_t rounded(float x, uint64_t element, const float* entries, uint32_t inner, const Grid& grid) {
+__device__ __forceinline__ uint32_t rounded(float x, uint32_t bits, const float* entries, uint32_t inner, const Grid& grid) {
   const uint32_t low = inner < grid.entries - 1 ? inner : grid.entries - 2;
-  const uint32_t bits = mix(static_cast<uint32_t>(element) ^ mix(static_cast<uint32_t>(element >> 32) ^ mix(grid.seed)));
   const float gap = __fsub_rn(entries[low + 1], entries[low]);
   const float limit = __fadd_rn(entries[low], __fmul_rn(static_cast<float>(bits >> 8) * 0x1p-24f, gap));
   return inner == grid.entries - 1 ? inner : low + (limit < x);
 }
 
-// Reduce over the lanes of a team.
-template <typename F>
-__device__ __forceinline__ float reduce(float value, F f) {
+// Random bits of an element: of the low half of its number and of the mixed high half, which seldom changes.
+struct Random {
+  uint32_t low, here, beyond;  // `beyond` when the low half has wrapped
+  __device__ __forceinline__ Random(uint64_t element, uint32_t seed)
+      : low(static_cast<uint32_t>(element)),
+        here(mix(static_cast<uint32_t>(element >> 32) ^ mix(seed))),
+        beyond(mix(static_cast<uint32_t>((element >> 32) + 1) ^ mix(seed))) {}
+  __device__ __forceinline__ uint32_t operator()(int j) const { return mix(low + j ^ (low + j < low ? beyond : here)); }
+};
+
+// The largest value of a team, NaN when one is. A team of several warps meets in shared memory, and every thread of the block with it.
+__device__ __forceinline__ float reduce(float value) {
+  constexpr int lanes = kLanes < 32 ? kLanes : 32;
 #pragma unroll
-  for (int step = kLanes / 2; step; step /= 2) value = f(value, __shfl_xor_sync(0xffffffffu, value, step));
+  for (int step = lanes / 2; step; step /= 2) value = max_nan(value, __shfl_xor_sync(0xffffffffu, value, step));
+  if constexpr (kLanes > 32) {
+    __shared__ float warps[kThreads / 32];
+    __syncthreads();  // the last reduction has been read
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+    __syncthreads();
+    const int first = threadIdx.x / kLanes * (kLanes / 32);
+#pragma unroll
+    for (int i = 0; i < kLanes / 32; ++i) value = max_nan(value, warps[first + i]);
+  }
   return value;
 }
 
@@ -141,12 +159,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const Grid grid{rows, columns, group, groups, stride, first, count, slots, seed, step, start};
   __shared__ Tables tables;
   __shared__ float book[LOWBIT_RANDOM ? 256 : 1];
-  for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
-    tables.edges[i] = edges[i];
-    if constexpr (LOWBIT_RANDOM) book[i] = entries[i];
+  if (threadIdx.x < count) {
+    tables.edges[threadIdx.x] = edges[threadIdx.x];
+    if constexpr (LOWBIT_RANDOM) book[threadIdx.x] = entries[threadIdx.x];
   }
   if constexpr (LOWBIT_COMPARES > 0) {
-    for (uint32_t i = threadIdx.x; i < slots; i += kThreads) tables.below[i] = below[i];
+    for (uint32_t i = threadIdx.x; i < slots / 16; i += kThreads) {  // 256 slots or more
+      reinterpret_cast<uint4*>(tables.below)[i] = reinterpret_cast<const uint4*>(below)[i];
+    }
   }
   __syncthreads();
 
@@ -180,8 +200,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if constexpr (LOWBIT_RULE == Given) {
       stored = real ? scales[team] : LOWBIT_SCALE(0.0f);
     } else {
-      high = reduce(high, max_nan);
-      if constexpr (LOWBIT_RULE == Signed) low = reduce(low, max_nan);
+      high = reduce(high);
+      if constexpr (LOWBIT_RULE == Signed) low = reduce(low);
       const float found = extreme(high, low);
       round_to(found, stored);
       if (real && !(fabsf(found) < kInfinity)) *status = 1;
@@ -197,12 +217,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       const uint32_t at = (i * kLanes + lane) * kVector;
       if (at >= length) break;
       const Vector vector = kLoops ? kept[kLoops ? i : 0] : load(from + at);
+      const Random random(first + element + at, seed);
       __align__(16) uint8_t found[kVector];
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
         const float x = __fmul_rn(widen(vector.values[j]), inverse);
         const uint32_t code = tables.count(x, grid);
-        found[j] = static_cast<uint8_t>(LOWBIT_RANDOM ? rounded(x, first + element + at + j, book, code, grid) : code);
+        found[j] = static_cast<uint8_t>(LOWBIT_RANDOM ? rounded(x, random(j), book, code, grid) : code);
       }
       store(codes + element + at, found);
     }

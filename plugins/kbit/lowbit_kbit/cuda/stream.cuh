@@ -49,64 +49,73 @@ __device__ __forceinline__ uint64_t spread(uint64_t chunk) {
   return (chunk & one * every16) | (chunk & (one << Bits) * every16) << (8 - Bits);
 }
 
-// A word, or 0 past the end.
-__device__ __forceinline__ uint64_t word_at(const uint32_t* words, uint64_t index, uint64_t end) {
-  return index < end ? __ldg(words + index) : 0;
-}
-
-// The eight codes of a chunk, 0 for those past the end. `bad` collects the bits of bytes that are no codes.
+// The eight codes of a chunk. Guarded: 0 for those past the end; else the chunk and the words after it must be there (`inside`).
+// `bad` collects the bits of bytes that are no codes. Chunks are fewer than 2^29: their words have 32-bit numbers.
 template <Layout L, int Bits>
 struct Reader {
   const void* source;
   uint64_t codes;  // in the whole weight
 
-  __device__ __forceinline__ uint64_t chunk(uint64_t index, uint64_t& bad) const {
-    if constexpr (L == Codes) return from_bytes(index, bad);
-    if constexpr (L == Words) return from_words(index);
-    return from_dense(index);
+  // Whether chunks up to `last` can be read without guards: two more words follow their first in every layout.
+  __device__ __forceinline__ bool inside(uint32_t last) const { return 8 * (uint64_t{last} + 1) + 64 <= codes; }
+
+  template <bool Guarded>
+  __device__ __forceinline__ uint64_t chunk(uint32_t index, uint64_t& bad) const {
+    if constexpr (L == Codes) return from_bytes<Guarded>(index, bad);
+    if constexpr (L == Words) return from_words<Guarded>(index);
+    return from_dense<Guarded>(index);
   }
 
  private:
-  __device__ __forceinline__ uint64_t from_bytes(uint64_t index, uint64_t& bad) const {
-    const auto* bytes = static_cast<const uint8_t*>(source) + 8 * index;
+  template <bool Guarded>
+  __device__ __forceinline__ uint64_t word(uint32_t index) const {
+    if (Guarded && index >= units<L, Bits>(codes)) return 0;
+    return __ldg(static_cast<const uint32_t*>(source) + index);
+  }
+
+  template <bool Guarded>
+  __device__ __forceinline__ uint64_t from_bytes(uint32_t index, uint64_t& bad) const {
+    const uint64_t first = uint64_t{index} * 8;
+    const auto* bytes = static_cast<const uint8_t*>(source) + first;
     uint64_t found = 0;
-    if (8 * index + 8 <= codes) {
+    if (!Guarded || first + 8 <= codes) {
       found = __ldg(reinterpret_cast<const unsigned long long*>(bytes));
     } else {
-      for (int j = 0; 8 * index + j < codes; ++j) found |= static_cast<uint64_t>(bytes[j]) << 8 * j;
+      for (int j = 0; first + j < codes; ++j) found |= static_cast<uint64_t>(bytes[j]) << 8 * j;
     }
     bad |= found & ~(0x0101010101010101ull * ((1u << Bits) - 1));
     return squeeze<Bits>(found);
   }
 
   // Eight codes lie in one word when 8 divides V, else in two; for V = 5 in three when they start at the fourth or fifth code.
-  __device__ __forceinline__ uint64_t from_words(uint64_t index) const {
+  template <bool Guarded>
+  __device__ __forceinline__ uint64_t from_words(uint32_t index) const {
     constexpr int V = codes_per_word<Bits>;
-    const auto* words = static_cast<const uint32_t*>(source);
-    const uint64_t end = units<Words, Bits>(codes), first = 8 * index / V;
-    const int skipped = Bits * static_cast<int>(8 * index - first * V);
     constexpr uint64_t used = (1ull << V * Bits) - 1;
-    uint64_t found = word_at(words, first, end) & used;
-    if constexpr (V % 8 != 0) found |= (word_at(words, first + 1, end) & used) << V * Bits;
+    const uint32_t first = V % 8 == 0 ? index / (V / 8) : V == 4 ? 2 * index : static_cast<uint32_t>(uint64_t{index} * 8 / V);
+    const int skipped = Bits * static_cast<int>(8 * index - first * V);
+    uint64_t found = word<Guarded>(first) & used;
+    if constexpr (V % 8 != 0) found |= (word<Guarded>(first + 1) & used) << V * Bits;
     found >>= skipped;
-    if constexpr (V == 5) {
-      if (skipped > 2 * Bits) found |= word_at(words, first + 2, end) << (2 * V * Bits - skipped);
-    }
-    return Bits == 8 ? found : found & ((1ull << (8 * Bits & 63)) - 1);
+    // Where the third word is not needed, it comes to lie above the eight codes
+    if constexpr (V == 5) found |= word<Guarded>(first + 2) << (2 * V * Bits - skipped);
+    return low(found);
   }
 
   // 8 k bits from bit 8 k i on: they start at a byte, and lie in one word (k = 1, 2, 4), in two, or (k = 7) in three.
-  __device__ __forceinline__ uint64_t from_dense(uint64_t index) const {
-    const auto* words = static_cast<const uint32_t*>(source);
-    const uint64_t end = units<Dense, Bits>(codes), first = index * Bits / 4;
-    const int shift = static_cast<int>(index * Bits % 4) * 8;
-    uint64_t found = word_at(words, first, end);
-    if constexpr (Bits > 2 && Bits != 4) found |= word_at(words, first + 1, end) << 32;
+  template <bool Guarded>
+  __device__ __forceinline__ uint64_t from_dense(uint32_t index) const {
+    const uint32_t eighths = index * Bits, first = eighths / 4;  // bytes, words
+    const int shift = static_cast<int>(eighths % 4) * 8;
+    uint64_t found = word<Guarded>(first);
+    if constexpr (Bits > 2 && Bits != 4) found |= word<Guarded>(first + 1) << 32;
     found >>= shift;
-    if constexpr (Bits == 7) {
-      if (shift) found |= word_at(words, first + 2, end) << (64 - shift);
-    }
-    return Bits == 8 ? found : found & ((1ull << (8 * Bits & 63)) - 1);
+    if constexpr (Bits == 7) found |= word<Guarded>(first + 2) << (63 - shift) << 1;
+    return low(found);
+  }
+
+  static __device__ __forceinline__ uint64_t low(uint64_t chunk) {
+    return Bits == 8 ? chunk : chunk & ((1ull << (8 * Bits & 63)) - 1);
   }
 };
 
