@@ -140,6 +140,15 @@ def test_nan_is_named_with_its_tensor(model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_every_reason_of_a_refusal_is_there_for_machines(model, tmp_path):
+    result = run("convert", model, tmp_path / "out.gguf", "-q", "kbit", "--format", "gguf", "--json")
+    assert result.returncode == 2
+    document = json.loads(result.stdout)
+    assert "and 12 more of the same kind" in document["error"]
+    assert len(document["reasons"]) == 16
+    assert all(layout.startswith("gguf-") and reason for layout, reason in document["reasons"].items())
+
+
 def test_errors_are_json_for_machines(tmp_path):
     result = run("inspect", tmp_path / "missing", "--json")
     assert result.returncode == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import click
@@ -67,13 +68,15 @@ def main() -> NoReturn:
         click.echo(f"Paused: {error}.", err=True)
         code = EXIT_PAUSED
     except LowbitError as error:
-        code = _fail(str(error))
+        code = _fail(str(error), getattr(error, "reasons", {}))
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(sentence: str) -> int:
+def _fail(sentence: str, reasons: Mapping[str, str]) -> int:
+    """Print the sentence; a JSON document has every reason of a refusal, of which the sentence shows the first."""
     if "--json" in sys.argv:
-        click.echo(json.dumps({"error": sentence}, ensure_ascii=False))
+        document = {"error": sentence, **({"reasons": dict(reasons)} if reasons else {})}
+        click.echo(json.dumps(document, ensure_ascii=False))
     click.echo(f"Error: {sentence}", err=True)
     return EXIT_ERROR
 
