@@ -113,8 +113,10 @@ def _pack_codes(codes: Tensor) -> Tensor:
     def work(start: int, stop: int) -> None:
         check_codes(codes[8 * start : 8 * stop], BITS)
         octets = codes[8 * start : 8 * stop].reshape(stop - start, 8, columns)
-        planes = octets[:, LOW] | octets[:, HIGH] << 4  # (octets, 4, in): byte 0 to 3 of each word
-        words[:, start:stop] = planes.transpose(1, 2).contiguous().view(torch.int32).squeeze(-1).T
+        found = torch.zeros(stop - start, columns, dtype=torch.int32, device=codes.device)
+        for byte, (low, high) in enumerate(zip(LOW, HIGH, strict=True)):
+            found |= (octets[:, low] | octets[:, high] << 4).to(torch.int32) << 8 * byte
+        words[:, start:stop] = found.T
 
     map_ranges(work, rows // 8, 8 * columns, CACHE_LINE)
     return words
@@ -127,8 +129,10 @@ def _unpack_codes(words: Tensor) -> Tensor:
 
     def work(start: int, stop: int) -> None:
         block = words[:, start:stop].T.contiguous()  # (octets, in)
-        for nibble, column in enumerate(ORDER):
-            codes[start:stop, column] = block >> 4 * nibble & 0xF
+        lower, upper = block & 0x0F0F0F0F, (block >> 4).bitwise_and_(0x0F0F0F0F)
+        for byte, (low, high) in enumerate(zip(LOW, HIGH, strict=True)):
+            codes[start:stop, low] = lower >> 8 * byte  # an int32 becomes a uint8 by its lowest byte
+            codes[start:stop, high] = upper >> 8 * byte
 
     map_ranges(work, octets, 8 * columns, CACHE_LINE)
     return codes.view(8 * octets, columns)
