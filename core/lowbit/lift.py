@@ -28,7 +28,7 @@ from lowbit.workers import map_ranges
 
 _WIDER = {"float16": ("float16", "float32"), "bfloat16": ("bfloat16", "float32", "float16"), "float32": ("float32",)}
 """Scale dtypes that hold a dtype's values; bfloat16 fits float16 unless its exponent is extreme, which the data decides."""
-_SIGNIFICAND = {"float16": 11, "bfloat16": 8, "float32": 24, "float8_e4m3fn": 4, "float8_e8m0fnu": 1}
+SIGNIFICAND = {"float16": 11, "bfloat16": 8, "float32": 24, "float8_e4m3fn": 4, "float8_e8m0fnu": 1}
 """Bits of a dtype's significand, the implied one counted: s * q is exact in float32 while the sum of their bits is at most 24."""
 _GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 
@@ -126,7 +126,7 @@ def _why_not_codes(source: Scheme, target: Scheme) -> str | None:
         return f"a {source.zero.value} zero is no {target.zero.value} zero"
     if target.zero is Zero.FLOAT:
         return "a float zero is not made from an integer one"
-    if target.zero is Zero.MINIMUM and _SIGNIFICAND[source.scales.dtype] + (source.scales.bits or 0) + source.bits > 24:
+    if target.zero is Zero.MINIMUM and SIGNIFICAND[source.scales.dtype] + (source.scales.bits or 0) + source.bits > 24:
         return f"{source.scales.dtype} scales times {source.bits}-bit codes are rounded before a minimum is added"
     if target.zero is Zero.SYMMETRIC and target.bits < source.bits + 1:
         return f"{source.bits}-bit codes with a zero of their own need {source.bits + 1} symmetric bits"

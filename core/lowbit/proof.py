@@ -2,14 +2,18 @@
 
 A dequantized value is ``s * (q - z)``, two float32 operations on the parts of its own group. So when every scale has the same
 float32 value and every ``q - z`` is the same integer, every dequantized bit is the same; and when two weights of one scheme have
-the same parts, whatever the scheme is. That compares one byte for each weight in place of two float32 products.
+the same parts, whatever the scheme is. A minimum of ``-z * s`` says the same where ``s * q`` needs no more than 24 bits. That
+compares one byte for each weight in place of two float32 products.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from lowbit.lift import SIGNIFICAND
 from lowbit.scheme import Grid, Scheme, Zero
 from lowbit.tensors import QuantizedTensor, bit_equal
 from lowbit.workers import map_ranges
@@ -21,19 +25,31 @@ def same_numbers(first: QuantizedTensor, second: QuantizedTensor) -> bool:
         return False
     if first.scheme == second.scheme:
         return all(_equal(part, second.parts[name]) for name, part in first.parts.items())
-    if not (_integral(first.scheme) and _integral(second.scheme)):
+    if not (_integral(first.scheme) and (_integral(second.scheme) or _has_minimum(first.scheme, second.scheme))):
         return False
     size = _common_group(first, second)
     if size is None:
         return False
     scales, others = (_spread(weight.parts["scales"].float(), weight, size) for weight in (first, second))
-    return bit_equal(scales, others) and _same_values(first, second, size)
+    if not bit_equal(scales, others):
+        return False
+    if second.scheme.zero is Zero.MINIMUM:
+        minimums = _spread(second.parts["minimums"].float(), second, size)
+        same = torch.equal(minimums, -_zeros(first, size).float() * scales)
+        return same and _equal(first.parts["codes"], second.parts["codes"])
+    return _same_values(first, second, size)
 
 
 def _integral(scheme: Scheme) -> bool:
     """Whether a weight is a scale times an integer, with groups along the rows and nothing else to it."""
     extras = scheme.outliers or scheme.rotation or scheme.permutation or scheme.flat or scheme.scales.two_level
     return scheme.grid is Grid.AFFINE and scheme.zero in (Zero.SYMMETRIC, Zero.INTEGER) and not extras
+
+
+def _has_minimum(first: Scheme, second: Scheme) -> bool:
+    """Whether the second adds a minimum to codes times scales that float32 holds exactly, so that only ``s * (q - z)`` counts."""
+    exact = SIGNIFICAND[first.scales.dtype] + first.bits <= 24
+    return second.zero is Zero.MINIMUM and exact and _integral(replace(second, zero=Zero.SYMMETRIC))
 
 
 def _common_group(first: QuantizedTensor, second: QuantizedTensor) -> int | None:
@@ -107,6 +123,9 @@ def _equal(first: Tensor, second: Tensor) -> bool:
 
 def _alike(first: Tensor, second: Tensor) -> bool:
     """Whether two integer tensors of one shape are equal; eight bytes at a time where they lie one after the other."""
-    if all(it.is_contiguous() and it.numel() * it.itemsize % 8 == 0 == it.storage_offset() * it.itemsize % 8 for it in (first, second)):
+    if all(
+        it.is_contiguous() and it.numel() * it.itemsize % 8 == 0 == it.storage_offset() * it.itemsize % 8
+        for it in (first, second)
+    ):
         first, second = first.view(-1).view(torch.int64), second.view(-1).view(torch.int64)
     return torch.equal(first, second)
