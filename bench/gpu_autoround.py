@@ -66,16 +66,26 @@ class RandomBlock(Block):
         self.report = text
 
 
+def profile(quantizer, weights, block):
+    options = AutoRoundOptions(4, 128, iters=4)
+    with torch.profiler.profile() as profiler:
+        quantizer.quantize_block(weights, dict.fromkeys(weights, options), {}, block)
+    print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=24, max_name_column_width=48))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iters", type=int, default=20)
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--tokens", type=float, default=0.5)
+    parser.add_argument("--profile", action="store_true", help="print where the device's time goes")
     flags = parser.parse_args()
     block = RandomBlock(flags.nsamples, flags.seqlen)
     weights = {name: block.module.get_submodule(path).weight.detach() for name, path in block.linears.items()}
     quantizer = AutoRoundQuantizer()
+    if flags.profile:
+        profile(quantizer, weights, block)
     for iters in (2, flags.iters):
         options = AutoRoundOptions(4, 128, iters=iters, tokens=flags.tokens)
         torch.cuda.reset_peak_memory_stats()

@@ -21,6 +21,9 @@ from lowbit.workers import map_ranges
 
 T = TypeVar("T")
 PIECE_TOKENS = 512
+HELD_SHARE = 0.25
+"""Activations are kept on a device of their own for the whole block when they take at most this share of its free memory: gathering
+and copying a batch takes longer than the step that it is for."""
 
 
 class Runner:
@@ -32,6 +35,29 @@ class Runner:
         self.tokens = block.mask([0]).shape[1]
         on_cpu = self.device.type == "cpu"
         self._piece = max(1, PIECE_TOKENS // self.tokens) if on_cpu else batch_size
+        self._inputs, self._targets = self._held(block.inputs), self._held(block.targets)
+
+    def inputs(self, index: Sequence[int]) -> Tensor:
+        """Return what the block receives for these samples, (len(index), seqlen, hidden) on the device."""
+        return self.block.inputs(index).to(self.device) if self._inputs is None else self._inputs[list(index)]
+
+    def targets(self, index: Sequence[int]) -> Tensor:
+        """Return what the float block gives for these samples, shaped and placed likewise."""
+        return self.block.targets(index).to(self.device) if self._targets is None else self._targets[list(index)]
+
+    def _held(self, read: Callable[[Sequence[int]], Tensor]) -> Tensor | None:
+        """Return all samples on the device, or None where that is the host or they take too much of it."""
+        first, samples = read([0]), self.block.samples
+        if self.device.type != "cuda":
+            return None
+        free = torch.cuda.mem_get_info(self.device)[0]
+        if 2 * samples * first.numel() * first.element_size() > HELD_SHARE * free:
+            return None
+        held = torch.empty(samples, *first.shape[1:], dtype=first.dtype, device=self.device)
+        for start in range(0, samples, self._piece):
+            chosen = range(start, min(start + self._piece, samples))
+            held[start : chosen.stop] = read(chosen)
+        return held
 
     def each(self, work: Callable[[Sequence[int]], T], index: Sequence[int]) -> list[T]:
         """Return what ``work`` returns for each piece of the samples ``index``, in order; in parallel on a CPU."""
@@ -55,9 +81,9 @@ class Runner:
             trim: Share of the errors of these tokens, the largest, that is left out.
         """
         with self.precision():
-            output = self.block.forward(self.block.inputs(index))
+            output = self.block.forward(self.inputs(index))
         tokens = counted.flatten().nonzero()[:, 0].to(self.device)
-        targets = self.block.targets(index).flatten(0, 1)
+        targets = self.targets(index).flatten(0, 1)
         error = output.flatten(0, 1)[tokens].float() - targets[tokens].float()
         if trim and (dropped := int(trim * error.numel())):
             sizes = error.detach().abs().flatten()
@@ -107,7 +133,7 @@ def measure_importance(runner: Runner, index: Sequence[int], names: Sequence[str
     def work(piece: Sequence[int]) -> dict[str, tuple[Tensor, int]]:
         current.sums = {}
         with torch.no_grad(), runner.precision():
-            runner.block.forward(runner.block.inputs(piece))
+            runner.block.forward(runner.inputs(piece))
         return dict(current.sums)
 
     handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
