@@ -88,6 +88,11 @@ class Route:
     packer: Packer | None
 
 
+def with_article(scheme: Scheme) -> str:
+    """Return a scheme's summary after ``a`` or ``an``."""
+    return f"{'an' if scheme.summary()[0] in 'aeiou' else 'a'} {scheme.summary()}"
+
+
 class Registry:
     """All components; build one with ``lowbit.plugins.installed()`` or, in tests, register by hand."""
 
@@ -149,7 +154,7 @@ class Registry:
         if isinstance(reasons, Route):
             return reasons
         able = self.formats_for(scheme, shape)
-        question = f"format {format!r} cannot hold a {scheme.summary()} weight of {shape[0]}x{shape[1]}"
+        question = f"format {format!r} cannot hold {with_article(scheme)} weight of {shape[0]}x{shape[1]}"
         raise NoRouteError(
             question, reasons, f"these formats can: {', '.join(able)}" if able else "no installed format can"
         )

@@ -192,7 +192,7 @@ def test_no_route_lists_every_reason_and_the_formats_that_can():
         found.route(SCHEME, SHAPE, "file")
     assert list(raised.value.reasons.items()) == [("b", "no groups of 32"), ("a", "bits must be 2")]
     assert str(raised.value) == (
-        "format 'file' cannot hold a affine 4-bit g32 weight of 8x64 (b: no groups of 32; a: bits must be 2); "
+        "format 'file' cannot hold an affine 4-bit g32 weight of 8x64 (b: no groups of 32; a: bits must be 2); "
         "these formats can: native"
     )
     assert found.formats_for(SCHEME, SHAPE) == ["native"]
