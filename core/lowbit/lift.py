@@ -84,8 +84,8 @@ def candidates(source: Scheme, shape: tuple[int, int]) -> Iterator[Scheme]:
         for dtype in dtypes:
             for bits in range(source.bits, 9):
                 for zero in (source.zero, *(zero for zero in Zero if zero is not source.zero)):
-                    changes = {"bits": bits, "group_size": group_size, "zero": zero, "levels": None}
-                    scheme = replace(source, **changes, scales=ScaleFormat(dtype))
+                    coded = replace(source, bits=bits, zero=zero, levels=None)
+                    scheme = replace(coded, group_size=group_size, scales=ScaleFormat(dtype))
                     if scheme != source and why_not(source, scheme, shape) is None:
                         yield scheme
 

@@ -76,7 +76,7 @@ class KbitQuantizer(Quantizer[KbitOptions]):
         importance = _importance(calibration, weight)
         codebook = choose_codebook(weight, size, options, importance).to(weight.device)
         encoder = make_encoder(codebook)
-        if options.flat and columns % options.group_size:
+        if options.flat and columns % (options.group_size or columns):
             parts = _across_rows(weight, options, encoder)
         else:
             parts = _Work(weight, options, size, encoder, importance).run()
