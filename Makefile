@@ -46,7 +46,7 @@ $(READY): constraints.txt pyproject.toml $(MEMBERS:%=%/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit("lowbit needs Python 3.10 or newer, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt hatchling editables
-	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e ".[all,hf,gpu,test]" $(MEMBERS:%=-e %)
+	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e ".[all,hf,gpu,plot,test]" $(MEMBERS:%=-e %)
 	@touch $@
 
 $(ORACLES): $(READY) tests/oracles/requirements.txt

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -176,5 +177,19 @@ def is_linear_name(name: str) -> bool:
 
 
 def parse_rules(texts: Iterable[str]) -> tuple[Rule, ...]:
-    """Parse every ``--rule``."""
-    return tuple(Rule.parse(text) for text in texts)
+    """Parse every ``--rule``; ``@FILE`` stands for the rules of a file, one in a line, ``#`` before a remark.
+
+    Raises OptionError.
+    """
+    lines: list[str] = []
+    for text in texts:
+        lines += _rule_lines(Path(text[1:])) if text.startswith("@") else [text]
+    return tuple(Rule.parse(line) for line in lines)
+
+
+def _rule_lines(path: Path) -> list[str]:
+    try:
+        lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"--rule @{path} cannot be read: {error}") from error
+    return [line for line in lines if line]
