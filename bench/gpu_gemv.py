@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
+from lowbit_cuda.decoder import Decoder
 from lowbit_cuda.gemv import Gemv, GemvShape
-from lowbit_cuda.units import pack_units
+from lowbit_cuda.units import UnitFormat, pack_units
 
 SHAPES = ((4096, 4096), (4096, 11008), (4096, 14336), (8192, 28672))
 COLD_BYTES = 256e6
@@ -54,25 +55,27 @@ def copies(nbytes: int) -> int:
     return max(2, min(64, math.ceil(COLD_BYTES / nbytes)))
 
 
-def measure(bits: int, group: int, zeros: bool, tokens: int, columns: int, rows: int) -> dict[str, float]:
+def measure(decoder: Decoder, group: int, zeros: bool, tokens: int, columns: int, rows: int) -> dict[str, float]:
     """Check one shape against float64, then time it with and without programmatic dependent launch."""
     generator = torch.Generator("cuda").manual_seed(0)
-    codes = torch.randint(2**bits, (rows, columns), dtype=torch.uint8, device="cuda", generator=generator)
+    format = UnitFormat(decoder, group, offset="ZEROS" if zeros else "CONSTANT")
+    codes = torch.randint(2**decoder.bits, (rows, columns), dtype=torch.uint8, device="cuda", generator=generator)
     scales = torch.rand(rows, columns // group, device="cuda", generator=generator).mul(0.01).half()
-    own = torch.full_like(scales, 2.0 ** (bits - 1)) if zeros else None
-    units = pack_units(codes, scales, own, bits, group)
+    middle = 2.0 ** (decoder.bits - 1)
+    own = torch.full_like(scales, middle) if zeros else None
+    units = pack_units(format, codes, scales, own)
     x = torch.randn(tokens, columns, device="cuda", generator=generator).half()
-    weight = (codes.float() - 2.0 ** (bits - 1)) * scales.float().repeat_interleave(group, 1)
-    expected = x.double() @ weight.double().T
+    values = torch.arange(2**decoder.bits, device="cuda") - middle
+    expected = x.float() @ (values[codes.long()] * scales.float().repeat_interleave(group, 1)).T
     out = torch.empty(tokens, rows, device="cuda", dtype=torch.float16)
     weights = [units.clone() for _ in range(copies(units.numel()))]
     figures: dict[str, float] = {"MB": round(units.numel() / 1e6, 1)}
     for name, dependent in (("us", False), ("us_dependent", True)):
-        gemv = Gemv(GemvShape(bits, group, zeros, columns, rows, tokens, torch.float16, dependent))
-        gemv(units, x, out, zero=2.0 ** (bits - 1))
-        figures["error"] = round(float((out.double() - expected).norm() / expected.norm()), 6)
+        gemv = Gemv(GemvShape(format, columns, rows, tokens, torch.float16, dependent))
+        gemv(units, x, out, zero=middle, codebook=values)
+        figures["error"] = round(float((out - expected).norm() / expected.norm()), 6)
         assert figures["error"] < 5e-4
-        calls = [partial(gemv, each, x, out, zero=2.0 ** (bits - 1)) for each in weights]
+        calls = [partial(gemv, each, x, out, zero=middle, codebook=values) for each in weights]
         figures[name] = round(graph_time(calls), 2)
     figures["GB/s"] = round(units.numel() / figures["us"] / 1e3)
     return figures

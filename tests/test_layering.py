@@ -25,6 +25,8 @@ MAY_IMPORT = {
     "lowbit_formats": {"lowbit_formats", "lowbit"},
     **{name: {name, "lowbit", "lowbit_cuda"} for name in PLUGINS},
 }
+BRIDGE = PACKAGES["lowbit_cuda"] / "plugin.py"
+"""Where the kernels of the CUDA package become kernels of core: the one module of it that may import core."""
 SOURCES = {name: sorted(folder.rglob("*.py")) for name, folder in PACKAGES.items()}
 PRODUCT = sorted(itertools.chain(*SOURCES.values()))
 TESTS = sorted(path for folder in ("tests", "bench", "plugins") for path in (ROOT / folder).rglob("*.py"))
@@ -75,7 +77,7 @@ def test_imports_point_inward(package):
         f"{path.relative_to(ROOT)} imports {name}"
         for path in SOURCES[package]
         for name in imported(path)
-        if name in PACKAGES and name not in MAY_IMPORT[package]
+        if name in PACKAGES and name not in MAY_IMPORT[package] and not (path == BRIDGE and name == "lowbit")
     ]
     assert SOURCES[package]
     assert wrong == []

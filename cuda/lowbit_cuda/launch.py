@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from lowbit_cuda.arch import architecture
 from lowbit_cuda.errors import CudaError
 from lowbit_cuda.program import KernelProgram
 
+_threads = threading.local()
 SHARED_BYTES = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 """Shared memory that a block may have, in KiB, by compute capability (CUDA programming guide, technical specifications)."""
 
@@ -76,6 +78,9 @@ class Launcher:
         """Launch on torch's current stream; integers are addresses, numpy scalars go by value."""
         from cuda.core import launch
 
+        if not getattr(_threads, str(self._device.device_id), False):
+            self._device.set_current()  # torch's backward threads come without a context
+            setattr(_threads, str(self._device.device_id), True)
         launch(self._device.create_stream(_TorchStream(torch.cuda.current_stream())), config, self.kernel, *arguments)
 
 

@@ -7,14 +7,22 @@ pytest.importorskip("cuda.core", reason='cuda-core is not installed (pip install
 import torch
 
 from lowbit_cuda.arch import ARCHITECTURES, architecture, capability_of
+from lowbit_cuda.decoder import AFFINE, CODEBOOK
 from lowbit_cuda.errors import KernelBuildError
+from lowbit_cuda.gemm import Dequantizer, GemmShape
 from lowbit_cuda.gemv import SOURCE, GemvShape
 from lowbit_cuda.program import KernelProgram, compile_text
-from lowbit_cuda.units import BITS
+from lowbit_cuda.units import UnitFormat
 
-SHAPES = [GemvShape(bits, 128, False, 4096, 4096) for bits in BITS] + [
-    GemvShape(4, 32, True, 4096, 4096, tokens=8, dtype=torch.bfloat16),
-    GemvShape(3, 64, True, 8192, 1024, dependent=True),
+HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
+PLAIN = [UnitFormat(decoder, 128) for decoder in (*AFFINE.values(), *CODEBOOK.values())]
+OTHERS = [UnitFormat(AFFINE[4], 32, FLOAT, "MINIMUMS"), UnitFormat(AFFINE[3], 64, HALF, "ZEROS")]
+SHAPES = [
+    *(GemvShape(format, 4096, 4096) for format in PLAIN),
+    *(GemvShape(format, 4096, 4096, 8, BF16, dependent=True) for format in OTHERS),
+    GemvShape(PLAIN[0], 4096, 4096, 16),
+    *(GemmShape(format, 4096, 4096, tokens) for tokens, format in zip((16, 32, 64), (PLAIN[1], *OTHERS), strict=True)),
+    GemmShape(UnitFormat(CODEBOOK[4], 64), 4096, 4096, 32, BF16),
 ]
 
 
@@ -24,14 +32,27 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.bits}bit-g{shape.group_size}-{shape.tokens}")
-def test_gemv_compiles(shape, arch):
-    assert len(shape.program().compile(arch).code) > 1000
+@pytest.mark.parametrize(
+    "shape", SHAPES, ids=lambda shape: f"{type(shape).__name__}-{shape.format.decoder.name}-{shape.width}"
+)
+def test_products_compile(shape, arch):
+    capability = capability_of(arch)
+    if shape.why_not(capability) is None:
+        assert len(shape.program(capability).compile(arch).code) > 1000
+    else:
+        assert capability not in {(9, 0), (10, 0)}  # the others have too little shared memory for some
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [HALF, BF16, FLOAT])
+@pytest.mark.parametrize("format", [*PLAIN[:2], *OTHERS, PLAIN[-1]], ids=lambda format: format.decoder.name)
+def test_dequantize_compiles(format, dtype, arch):
+    assert len(Dequantizer.program(format, dtype).compile(arch).code) > 1000
 
 
 def test_the_cache_serves_the_same_bytes_and_notices_another_define(tmp_path, monkeypatch):
     monkeypatch.setenv("LOWBIT_CACHE_DIR", str(tmp_path))
-    program = SHAPES[0].program()
+    program = SHAPES[0].program((9, 0))
     first = bytes(program.compile("sm_90a").code)
     (cached,) = [path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == first]
     assert bytes(program.compile("sm_90a").code) == first

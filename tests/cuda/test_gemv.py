@@ -1,54 +1,33 @@
-"""GEMV on a GPU against float64: ``make test-gpu``."""
+"""GEMV on a GPU: every kind of unit, split and dtype against float64, within the rounding of its parts; two runs, one result."""
 
 import pytest
 import torch
-
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
+from unit_problems import BF16, HALF, WEIGHTS, assert_close, problem
 
 from lowbit_cuda.gemv import Gemv, GemvShape
-from lowbit_cuda.units import pack_units
 
-CASES = [
-    (4, 128, False, 4096, 1024, 1, torch.float16),
-    (4, 128, True, 4096, 1000, 3, torch.float16),
-    (4, 32, True, 1088, 720, 8, torch.bfloat16),
-    (3, 128, False, 4096, 1024, 7, torch.float16),
-    (3, 64, True, 8192, 250, 1, torch.bfloat16),
-    (2, 128, False, 8192, 1024, 8, torch.float16),
-    (1, 128, False, 4096, 512, 1, torch.float16),
-    (8, 64, True, 2048, 512, 2, torch.float16),
-]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
 @pytest.mark.parametrize("dependent", [False, True])
-@pytest.mark.parametrize(("bits", "group", "zeros", "columns", "rows", "tokens", "dtype"), CASES)
-def test_gemv_equals_float64(bits, group, zeros, columns, rows, tokens, dtype, dependent):
-    generator = torch.Generator("cuda").manual_seed(bits * rows)
-    codes = torch.randint(2**bits, (rows, columns), dtype=torch.uint8, device="cuda", generator=generator)
-    groups = -(-columns // group)
-    scales = torch.randn(rows, groups, device="cuda", generator=generator).mul(0.01).half()
-    own = torch.randint(2**bits, (rows, groups), device="cuda", generator=generator).half() if zeros else None
-    x = torch.randn(tokens, columns, device="cuda", generator=generator).to(dtype)
-    bias = torch.randn(rows, device="cuda", generator=generator).to(dtype)
-    middle = float(2 ** (bits - 1))
-    zero = own if own is not None else torch.full_like(scales, middle)
-    spread = lambda values: values.double().repeat_interleave(group, 1)[:, :columns]
-    weight = (codes.double() - spread(zero)) * spread(scales)
-    expected = x.double() @ weight.T + bias.double()
-    # fp32 accumulation of `columns` products, fp16 rounding of scaled x (bf16: steps of 2^-18), one rounding of the output
-    eps = torch.finfo(dtype).eps
-    bound = (
-        columns * 2.0**-24 * (x.double().abs() @ weight.abs().T) + eps * expected.abs() + 2.0**-18 * weight.abs().sum(1)
-    )
+@pytest.mark.parametrize("number", range(len(WEIGHTS)))
+def test_gemv_equals_float64(number, dependent):
+    columns, rows = WEIGHTS[number][-2:]
+    given = problem(*WEIGHTS[number])
+    for tokens, dtype in ((1, HALF), (1, BF16), (3, BF16), (8, HALF), (13, HALF), (16, BF16)):
+        x = torch.randn(tokens, columns, device="cuda").to(dtype)
+        bias = torch.randn(rows, device="cuda").to(dtype)
+        gemv = Gemv(GemvShape(given.format, columns, rows, tokens, dtype, dependent))
+        out, again = torch.full((2, tokens, rows), float("nan"), device="cuda", dtype=dtype)
+        gemv(given.units, x, out, bias, **given.options())
+        assert_close(out, x, given.weight, bias)
+        gemv(given.units, x, again, bias, **given.options())
+        assert torch.equal(out, again)
 
-    gemv = Gemv(GemvShape(bits, group, zeros, columns, rows, tokens, dtype, dependent))
-    out = torch.full((tokens, rows), float("nan"), device="cuda", dtype=dtype)
-    units = pack_units(codes, scales, own, bits, group)
-    gemv(units, x, out, bias, zero=middle)
-    assert bool(((out.double() - expected).abs() <= bound).all())
-    again = torch.empty_like(out)
-    gemv(units, x, again, bias, zero=middle)
-    assert torch.equal(out, again)
+
+def test_rows_of_x_and_of_the_result_may_lie_apart():
+    given = problem(*WEIGHTS[0])
+    x, out = torch.randn(4, 5000, device="cuda").half()[:, :4096], torch.zeros(4, 2000, device="cuda").half()
+    Gemv(GemvShape(given.format, 4096, 1024, 4))(given.units, x, out[:, :1024], **given.options())
+    assert_close(out[:, :1024], x, given.weight, torch.zeros(1024, device="cuda"))
+    assert not out[:, 1024:].any()

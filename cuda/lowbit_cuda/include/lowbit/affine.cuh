@@ -2,21 +2,31 @@
 //
 // The trick: the fp16 bit pattern (q << p), with q * 2^p < 1024, is the subnormal number q * 2^(p - 24), and tensor cores
 // multiply subnormals exactly and at full speed. So masking a field in place *is* dequantizing it, up to a power of two that
-// depends on the field's position p only; the activations that meet the field are multiplied by 2^(SHIFT - p) once, before
-// the loop, and the group's scale carries 2^(24 - SHIFT).
+// depends on the field's position p only; the activations that meet the field are multiplied by 2^-p once, before the loop,
+// and the sums by 2^24 at the end.
 //
-// A chunk is what a lane holds of 16 rows x 64 columns: 32 weights, BITS words, the A fragments of four mma. With lane =
-// 4 * g + t, fragment m (0..3) of the chunk covers rows g and g + 8 and columns
-//
-//     32 * (m / 2) + 8 * t + 4 * (m % 2) + {0, 1}     in a[0] (row g) and a[1] (row g + 8)
-//                                          {2, 3}     in a[2] (row g) and a[3] (row g + 8)
-//
-// so the 8 activations of a lane in fragments 2j and 2j + 1 are 16 consecutive bytes. Both halves of a fragment register
-// hold neighbouring columns; a[0] and a[1] (and a[2] and a[3]) must have the same p. position(m, half) says which.
+// Chunks, fragments and registers are drawn in unit.cuh; a[0] and a[1] of a fragment (and a[2] and a[3]) must have the same p,
+// and position(m, half) says which.
 #pragma once
 #include <lowbit/primitives.cuh>
 
 namespace lowbit {
+
+// What all integer decoders share: no table, and codes that are read back from the fields.
+template <class Decoder, int Bits>
+struct IntegerFields {
+  static constexpr int BITS = Bits, TABLE_BYTES = 0;
+  static constexpr bool INTEGER = true;
+  static __device__ __forceinline__ void prepare(char*, const float*) {}
+
+  // The two codes of a register: even column, odd column.
+  static __device__ __forceinline__ int2 codes(const uint32_t* words, int m, int r) {
+    uint32_t a[4][4];
+    Decoder::decode(words, a, Table());
+    const uint32_t field = a[m][r] >> Decoder::position(m, r / 2);
+    return make_int2(field & 0xffffu, field >> 16);
+  }
+};
 
 template <int Bits>
 struct AffineDecoder;
@@ -26,10 +36,9 @@ struct AffineDecoder;
 //   [ a3 | a1 | a2 | a0 ] [ a3 | a1 | a2 | a0 ]      left half: odd column, right half: even column
 //                       p of a0, a1 = 0; of a2, a3 = 4
 template <>
-struct AffineDecoder<4> {
-  static constexpr int BITS = 4, SHIFT = 2;
+struct AffineDecoder<4> : IntegerFields<AffineDecoder<4>, 4> {
   static __device__ constexpr int position(int, int half) { return half ? 4 : 0; }
-  static __device__ __forceinline__ void decode(const uint32_t* words, uint32_t (&a)[4][4]) {
+  static __device__ __forceinline__ void decode(const uint32_t* words, uint32_t (&a)[4][4], const Table&) {
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
       const uint32_t low = words[m], high = words[m] >> 8;
@@ -45,12 +54,11 @@ struct AffineDecoder<4> {
 // shift (by 9: p = 0, 3; by 8: p = 1, 4); the top bits of the three words together are the last field, at p = 6.
 //   half word:  [ t | f4 f4 f4 | f3 f3 f3 | f2 f2 f2 | f1 f1 f1 | f0 f0 f0 ]   t: one bit of the joint field
 template <>
-struct AffineDecoder<3> {
-  static constexpr int BITS = 3, SHIFT = 3;
+struct AffineDecoder<3> : IntegerFields<AffineDecoder<3>, 3> {
   static __device__ constexpr int position(int m, int half) {
     return m < 3 ? 3 * m : half ? 4 : 1;
   }
-  static __device__ __forceinline__ void decode(const uint32_t* words, uint32_t (&a)[4][4]) {
+  static __device__ __forceinline__ void decode(const uint32_t* words, uint32_t (&a)[4][4], const Table&) {
     const uint32_t w0 = words[0], w1 = words[1], w2 = words[2];
     const uint32_t s0 = w0 >> 9, s1 = w1 >> 8, s2 = w2 >> 8, s3 = w2 >> 7;
     a[0][0] = w0 & 0x00070007u;
@@ -74,10 +82,9 @@ struct AffineDecoder<3> {
 
 // Two bits: word i is fragments 2i and 2i + 1; p = 0, 2, 4, 6 of the word and of the word shifted by 8.
 template <>
-struct AffineDecoder<2> {
-  static constexpr int BITS = 2, SHIFT = 3;
+struct AffineDecoder<2> : IntegerFields<AffineDecoder<2>, 2> {
   static __device__ constexpr int position(int m, int half) { return 4 * (m % 2) + 2 * half; }
-  static __device__ __forceinline__ void decode(const uint32_t* words, uint32_t (&a)[4][4]) {
+  static __device__ __forceinline__ void decode(const uint32_t* words, uint32_t (&a)[4][4], const Table&) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t low = words[i], high = words[i] >> 8;
@@ -92,10 +99,9 @@ struct AffineDecoder<2> {
 
 // One bit: one word is the chunk; p = 0..7 of the word and of the word shifted by 8.
 template <>
-struct AffineDecoder<1> {
-  static constexpr int BITS = 1, SHIFT = 3;
+struct AffineDecoder<1> : IntegerFields<AffineDecoder<1>, 1> {
   static __device__ constexpr int position(int m, int half) { return 2 * m + half; }
-  static __device__ __forceinline__ void decode(const uint32_t* words, uint32_t (&a)[4][4]) {
+  static __device__ __forceinline__ void decode(const uint32_t* words, uint32_t (&a)[4][4], const Table&) {
     const uint32_t low = words[0], high = words[0] >> 8;
 #pragma unroll
     for (int p = 0; p < 8; ++p) {
@@ -105,12 +111,34 @@ struct AffineDecoder<1> {
   }
 };
 
+// Five and six bits: words 0..3 hold the four low bits as above; every further word holds the fifth (or fifth and sixth) bits of
+// 16 (or 8) registers, HIGH bits each: register k of the word at bit HIGH * k of both half words.
+//   a0, a1 (p = 0) need theirs at bit 4, a2, a3 (p = 4) at bit 8: one shift and one LOP3 for each register.
+template <int Bits>
+struct SplitDecoder {
+  static constexpr int HIGH = Bits - 4, EACH = 16 / HIGH;
+  static __device__ constexpr int position(int, int half) { return half ? 4 : 0; }
+  static __device__ __forceinline__ void decode(const uint32_t* words, uint32_t (&a)[4][4], const Table& table) {
+    AffineDecoder<4>::decode(words, a, table);
+    constexpr uint32_t mask = ((1u << HIGH) - 1) * 0x00010001u;
+#pragma unroll
+    for (int k = 0; k < 16; ++k) {
+      const int m = k / 4, r = k % 4, from = HIGH * (k % EACH), to = r / 2 ? 8 : 4;
+      const uint32_t word = words[4 + k / EACH], moved = from >= to ? word >> (from - to) : word << (to - from);
+      a[m][r] |= moved & (mask << to);
+    }
+  }
+};
+template <>
+struct AffineDecoder<5> : SplitDecoder<5>, IntegerFields<AffineDecoder<5>, 5> {};
+template <>
+struct AffineDecoder<6> : SplitDecoder<6>, IntegerFields<AffineDecoder<6>, 6> {};
+
 // Eight bits: words 2m and 2m + 1 are fragment m; p = 0 everywhere.
 template <>
-struct AffineDecoder<8> {
-  static constexpr int BITS = 8, SHIFT = 0;
+struct AffineDecoder<8> : IntegerFields<AffineDecoder<8>, 8> {
   static __device__ constexpr int position(int, int) { return 0; }
-  static __device__ __forceinline__ void decode(const uint32_t* words, uint32_t (&a)[4][4]) {
+  static __device__ __forceinline__ void decode(const uint32_t* words, uint32_t (&a)[4][4], const Table&) {
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
 #pragma unroll

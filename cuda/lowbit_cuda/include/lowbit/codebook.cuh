@@ -1,0 +1,64 @@
+// Decoders of codebook indices of 2, 3 and 4 bits: a table of pairs in shared memory, one load for two weights.
+//
+// Two neighbouring columns are one index of 2 * BITS bits into a table of 2^(2 * BITS) pairs of fp16 entries. The table stands
+// there 32 times, once in every bank, so that the 32 lanes of a load never meet (a random index into a single copy runs at a third
+// of the rate, measured on an H200): entry i of lane l lies at 128 * i + 4 * l bytes. 4 bits: 32 KB, 3 bits: 8 KB, 2 bits: 2 KB.
+//
+//   index:   [ odd column | even column ]        pair:   [ fp16 of the odd column | fp16 of the even column ]
+//
+//   4 bits, word m = fragment m:        bit 31 [ a3 | a2 | a1 | a0 ] 0                 8 bits each
+//   2 bits, word i = fragments 2i, 2i+1:       [ a7 | ... | a1 | a0 ]                  4 bits each, a4..a7 of fragment 2i + 1
+//   3 bits, word i (0..2):              [ two spare bits | f4 | f3 | f2 | f1 | f0 ]    6 bits each
+//            registers 5i .. 5i + 4 of the 16 in order (4 * fragment + register), spare bits of word i = bits 2i, 2i + 1 of the last
+#pragma once
+#include <lowbit/primitives.cuh>
+
+namespace lowbit {
+
+template <int Bits>
+struct CodebookDecoder {
+  static_assert(Bits == 2 || Bits == 3 || Bits == 4, "pairs of wider codes do not fit in shared memory");
+  static constexpr int BITS = Bits, FIELD = 2 * BITS, ENTRIES = 1 << FIELD, MASK = ENTRIES - 1;
+  static constexpr bool INTEGER = false;  // registers hold the weights themselves, not fields of integers
+  static constexpr int TABLE_BYTES = ENTRIES * 128;
+
+  static __device__ constexpr int position(int, int) { return 0; }
+
+  // Fill the table from the 2^BITS entries, all threads of the block together; the caller synchronizes.
+  static __device__ __forceinline__ void prepare(char* table, const float* codebook) {
+    for (int i = threadIdx.x; i < ENTRIES * 8; i += blockDim.x) {
+      const int entry = i >> 3;
+      const __half2 pair = __floats2half2_rn(codebook[entry & ((1 << BITS) - 1)], codebook[entry >> BITS]);
+      const uint32_t bits = *reinterpret_cast<const uint32_t*>(&pair);
+      reinterpret_cast<uint4*>(table)[i] = make_uint4(bits, bits, bits, bits);
+    }
+  }
+
+  // The index of register `number` (0..15) times 128: the byte offset of its entry. One shift, one LOP3 with the lane.
+  static __device__ __forceinline__ uint32_t offset(const uint32_t* words, int number, uint32_t lane4) {
+    constexpr uint32_t mask = static_cast<uint32_t>(MASK) << 7;
+    if (BITS == 3 && number == 15) {
+      const uint32_t joint = (words[0] >> 30) | (words[1] >> 28 & 12u) | (words[2] >> 26 & 48u);
+      return joint << 7 | lane4;
+    }
+    constexpr int each = 32 / FIELD;  // 4, 5 or 8 fields a word
+    const int place = FIELD * (number % each);
+    const uint32_t word = words[number / each];
+    return ((place <= 7 ? word << (7 - place) : word >> (place - 7)) & mask) | lane4;
+  }
+
+  static __device__ __forceinline__ void decode(const uint32_t* words, uint32_t (&a)[4][4], const Table& table) {
+#pragma unroll
+    for (int number = 0; number < 16; ++number) {
+      asm("ld.shared.u32 %0, [%1];" : "=r"(a[number / 4][number % 4]) : "r"(table.address + offset(words, number, table.lane)));
+    }
+  }
+
+  // The two codes of a register, for kernels that look the entries up themselves.
+  static __device__ __forceinline__ int2 codes(const uint32_t* words, int m, int r) {
+    const uint32_t index = offset(words, 4 * m + r, 0u) >> 7;
+    return make_int2(index & ((1 << BITS) - 1), index >> BITS);
+  }
+};
+
+}  // namespace lowbit
