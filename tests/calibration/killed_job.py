@@ -25,11 +25,13 @@ torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama  # noqa: F401  # before the first fork
 
 import lowbit
-from lowbit.calibration import workdir
+from lowbit.calibration import job, workdir
 from lowbit.calibration.wishes import Wishes
 from lowbit.convert import convert
 from lowbit.plan import Target
 from lowbit.recipe import Recipe, Rule
+
+job.COMMIT_SHARE = float("inf")  # commit every block, however long that takes
 
 
 def make_registry():

@@ -50,6 +50,7 @@ class BlockQuantizer(RoundQuantizer):
         for factor in (0.7, 0.85, 1.0):
             for name, path in block.linears.items():
                 rounded = dequantize(self.quantize(weights[name], options[name], factor=factor))
+                rounded = rounded.to(floats[path].dtype)
                 block.module.get_submodule(path).weight = torch.nn.Parameter(rounded, requires_grad=False)
             with torch.no_grad():
                 losses[factor] = float((block.forward(hidden) - targets).square().mean())

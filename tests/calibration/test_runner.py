@@ -1,5 +1,7 @@
 """The block runner against the model run as a whole by transformers."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -32,10 +34,10 @@ def hidden_states(model, tokens):
         return model(tokens, output_hidden_states=True).hidden_states
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma"])
-def test_both_chains_are_those_of_the_whole_models(kind, registry, tokens, request):
-    folder, seen = request.getfixturevalue(kind), {}
-    quantizer = registry.quantizers["needs-block"]
+@contextmanager
+def watching(registry):
+    """Yield a dict that fills with the inputs and targets of every block that the quantizer sees."""
+    quantizer, seen = registry.quantizers["needs-block"], {}
     original = quantizer.quantize_block
 
     def watch(weights, options, calibration, block=None):
@@ -44,11 +46,22 @@ def test_both_chains_are_those_of_the_whole_models(kind, registry, tokens, reque
 
     quantizer.quantize_block = watch
     try:
-        with registry.open(folder) as checkpoint:
-            chosen = choices(checkpoint, registry, "needs-block")
-            found = list(run_blocks(checkpoint, chosen, tokens, registry, batch_size=4))
+        yield seen
     finally:
         del quantizer.quantize_block
+
+
+def run(registry, folder, tokens, quantizer="needs-block", **options):
+    with registry.open(folder) as checkpoint:
+        chosen = choices(checkpoint, registry, quantizer)
+        return list(run_blocks(checkpoint, chosen, tokens, registry, **options))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_both_chains_are_those_of_the_whole_models(kind, registry, tokens, request):
+    folder = request.getfixturevalue(kind)
+    with watching(registry) as seen:
+        found = run(registry, folder, tokens, batch_size=4)
     floats = hidden_states(lowbit.load(folder, dtype=torch.float32), tokens)
     rounded = hidden_states(quantized_model(folder, found), tokens)
     assert list(seen) == [f"model.layers.{number}" for number in range(3)]
@@ -57,6 +70,15 @@ def test_both_chains_are_those_of_the_whole_models(kind, registry, tokens, reque
         if number < 2:  # the last hidden state of transformers is behind the final norm
             torch.testing.assert_close(targets, floats[number + 1], rtol=1e-4, atol=1e-4)
     assert all(block.error > 0.01 for block in found)
+
+
+def test_the_float_chain_of_a_mixture_is_that_of_the_whole_model(registry, experts, tokens):
+    with watching(registry) as seen:
+        found = run(registry, experts, tokens)
+    floats = hidden_states(lowbit.load(experts, dtype=torch.float32), tokens)
+    for number, (_, targets) in enumerate(list(seen.values())[:2]):
+        torch.testing.assert_close(targets, floats[number + 1], rtol=1e-4, atol=1e-4)
+    assert 0.01 < found[0].error < 1
 
 
 def test_the_float_weights_are_the_checkpoints_again_after_the_block(registry, llama, tokens):
@@ -95,15 +117,6 @@ def test_experts_that_saw_little_take_the_mean_of_all(registry, experts, tokens)
     names = {note.partition(" ")[0] for note in few if "down_proj" in note}
     pooled = [blocks[0].calibration[name].hessian for name in names]
     assert all(torch.equal(pooled[0], other) for other in pooled)
-
-
-def test_the_mixture_runs_as_the_whole_model_does(registry, experts, tokens):
-    with registry.open(experts) as checkpoint:
-        found = list(run_blocks(checkpoint, choices(checkpoint, registry, "needs-block"), tokens, registry))
-    whole = hidden_states(lowbit.load(experts, dtype=torch.float32), tokens)
-    assert len(found) == 3
-    assert 0.01 < found[0].error < 1
-    assert torch.isfinite(whole[1]).all()
 
 
 def test_activations_in_files_give_the_same_codes(registry, llama, tokens, tmp_path):
@@ -163,6 +176,15 @@ def test_a_block_that_gets_the_text_is_refused_by_its_class(registry, llama, tok
         chosen = choices(checkpoint, registry, "needs-block")
         with pytest.raises(OptionError, match=f"{layer.__name__} gets arguments that depend on the text"):
             list(run_blocks(checkpoint, chosen, tokens, registry))
+
+
+def test_outputs_that_overflow_name_the_block(registry, llama, tokens, monkeypatch):
+    read = Skeleton.source_weight
+    monkeypatch.setattr(
+        Skeleton, "source_weight", lambda self, name: read(self, name) * (3e38 if "layers.1.mlp.down" in name else 1)
+    )
+    with pytest.raises(WeightError, match=r"model.layers.1: the outputs of this block are NaN or infinite"):
+        run(registry, llama, tokens)
 
 
 def test_infinite_activations_name_the_layer():

@@ -13,4 +13,7 @@ A quantizer whose ``needs_for(options)`` holds ``block_inputs`` gets a ``Block``
 ``hessian`` arrive in the ``Calibration`` of each weight. Two chains of activations run beside each other: the *float* chain
 (targets, and all statistics, which therefore do not depend on bits or quantizer and can be kept) and the *quantized* chain
 (what blocks receive in the model as it will be).
+
+In a conversion ``Job`` does the same between planning and writing: every finished block goes into a ``WorkDirectory`` first, and the
+pipeline takes its tensors from there, in the order of the plan.
 """

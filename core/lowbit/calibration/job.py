@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,8 @@ from lowbit.staging import check_destination
 from lowbit.tensors import QuantizedTensor
 from lowbit.work import finish
 
+COMMIT_SHARE = 0.1
+"""Activations of large models take seconds to write: they are, as soon as that is at most this share of the time since last."""
 Note = Callable[[str], None]
 Done = Callable[[str, Step], None]
 
@@ -109,12 +112,18 @@ class Job:
         if work.done == len(blocks):
             return
         chains = work.chains(self.skeleton.device, self.wishes.offload) if work.done else self.runner.start()
+        began, cost = time.monotonic(), 0.0
         with stoppable(self.note) as stopping:
             for block in self.runner.run(chains, work.done):
                 finished = self._pack(block)
-                work.commit(finished, block.calibration if self.wishes.records else {}, chains)
+                work.add(finished, block.calibration if self.wishes.records else {})
+                now = time.monotonic()
+                if stopping() or work.added == len(blocks) or cost <= COMMIT_SHARE * (now - began):
+                    work.commit(chains)
+                    began = time.monotonic()
+                    cost = began - now
                 self._tell(block, finished)
-                if stopping():
+                if stopping() and work.done == work.added:
                     raise PausedError(
                         f"stopped behind {block.name}, {work.done} of {len(blocks)} blocks are finished; the same command with "
                         "--resume goes on"
@@ -137,7 +146,7 @@ class Job:
     def _sample(self, inside: set[str]) -> tuple[Sampling, Tensor]:
         implied: dict[str, int] = {}
         for name, step in self.steps.items():
-            if step.choice and name in inside:
+            if step.choice and name in inside and step.choice.quantizer.needs_for(step.choice.options):
                 for key, value in step.choice.quantizer.sampling(step.choice.options).items():
                     implied[key] = max(value, implied.get(key, 0))
         longest = getattr(self.skeleton.config, "max_position_embeddings", None)

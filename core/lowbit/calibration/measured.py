@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -32,14 +33,15 @@ class StatisticsFile(Mapping[str, Calibration]):
 
     def __init__(self, path: Path, checkpoint: Checkpoint) -> None:
         try:
-            self._file = safe_open(str(path), "pt")
+            self._file: Any = safe_open(str(path), "pt")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read as statistics: {error}") from error
         if (self._file.metadata() or {}).get("format") != FORMAT:
             raise CheckpointError(
                 f"{path} holds no statistics; --statistics takes a file that lowbit wrote, or a new name"
             )
-        self.path, self._kinds = path, self._check(checkpoint)
+        self.path = path
+        self._kinds = self._check(checkpoint)
 
     def __getitem__(self, name: str) -> Calibration:
         kinds = self._kinds[name]

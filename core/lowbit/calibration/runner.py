@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from lowbit.calibration.skeleton import Skeleton
 from lowbit.calibration.statistics import Statistics
 from lowbit.errors import SchemeError, WeightError
 from lowbit.grids import dequantize
-from lowbit.interfaces import Calibration, Checkpoint
+from lowbit.interfaces import Calibration, Checkpoint, Quantizer
 from lowbit.metrics import ErrorSum
 from lowbit.plan import measured
 from lowbit.recipe import Choice
@@ -207,6 +209,11 @@ class BlockRunner:
         with torch.no_grad():
             file = self._file("quantized", visit.number + 1)
             chains.quantized = chains.quantized.advance(run, self.batch_size, chains.device, file)
+        if not math.isfinite(total.squared + total.reference):
+            raise WeightError(
+                f"{visit.name}: the outputs of this block are NaN or infinite in calibration; leave its largest layers out by "
+                "rules, or check that the checkpoint runs"
+            )
         return total.relative
 
     def _needs(self, name: str) -> frozenset[str]:
@@ -272,9 +279,9 @@ def merged(known: Calibration | None, found: Calibration | None) -> Calibration:
 
 def _by_quantizer(choices: Mapping[str, Choice]) -> list[list[str]]:
     """Return names that share a quantizer, together."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[Quantizer[Any], list[str]] = {}
     for name, choice in choices.items():
-        groups.setdefault(choice.quantizer.name, []).append(name)
+        groups.setdefault(choice.quantizer, []).append(name)
     return list(groups.values())
 
 

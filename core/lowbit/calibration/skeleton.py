@@ -98,7 +98,8 @@ class Skeleton:
     @property
     def decoder_path(self) -> str:
         """Path of the decoder in the model."""
-        return next(path for path, module in self.model.named_modules() if module is self.decoder)
+        path: str = next(path for path, module in self.model.named_modules() if module is self.decoder)
+        return path
 
     @property
     def layers_path(self) -> str:

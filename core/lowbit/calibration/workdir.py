@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,10 @@ class WorkDirectory:
         identity: What the job is, by what a person would call it; all of it must agree to resume.
         resume: Whether to go on with what is there.
 
+    Attributes:
+        done: Blocks that are committed.
+        added: Blocks that are written; those beyond ``done`` are lost in a kill.
+
     Raises:
         OutputError: When it exists and ``resume`` is false, is of another job, or cannot be written.
         CheckpointError: When its state is damaged.
@@ -71,12 +76,14 @@ class WorkDirectory:
             self._take_up()
         else:
             remove(path)
-            self._write(lambda: path.mkdir())
-            self._save_state()
+            with self._writing():
+                path.mkdir()
+                self._save_state()
+        self.added = self.done
         self._sweep()
 
-    def commit(self, block: Mapping[str, Result], statistics: Mapping[str, Calibration], chains: Chains) -> None:
-        """Add the next finished block, and the activations behind it."""
+    def add(self, block: Mapping[str, Result], statistics: Mapping[str, Calibration]) -> None:
+        """Write the next finished block; it counts once ``commit`` has the activations behind it."""
         tensors: dict[str, Tensor] = {}
         for name, (value, _) in block.items():
             buffers = value.buffers if isinstance(value, PackedTensor) else {"": value}
@@ -86,7 +93,25 @@ class WorkDirectory:
                 if tensor is not None:
                     tensors[f"{_STATISTICS}{name}.{kind}"] = tensor.contiguous()
         errors = {name: json.dumps(asdict(error)) for name, (_, error) in block.items()}
-        self._write(lambda: self._commit(tensors, errors, chains))
+        with self._writing():
+            temporary = self.path / "block.tmp"
+            save_file({name: tensor.numpy() for name, tensor in tensors.items()}, temporary, errors)
+            _sync(temporary)
+            temporary.replace(self.path / f"block-{self.added:05d}.safetensors")
+        self.added += 1
+        self._sweep()
+
+    def commit(self, chains: Chains) -> None:
+        """Make the added blocks count: keep the activations behind the last of them, and say so in the state."""
+        with self._writing():
+            for kind, chain in (("float", chains.floating), ("quantized", chains.quantized)):
+                if chain is not None:
+                    chain.save(self.path / f"{kind}-{self.added}.bin")
+            dtype = str(chains.floating.states.dtype).removeprefix("torch.")
+            self._activations = chains.floating.shape, dtype, chains.quantized is not None
+            self.done = self.added
+            self._save_state()
+        self._sweep()
 
     def chains(self, device: torch.device, mapped: bool) -> Chains:
         """Return the activations behind the last finished block: in memory, or mapped from their files."""
@@ -108,26 +133,6 @@ class WorkDirectory:
 
     def _files(self) -> list[Path]:
         return [self.path / f"block-{number:05d}.safetensors" for number in range(self.done)]
-
-    def _commit(self, tensors: Mapping[str, Tensor], errors: Mapping[str, str], chains: Chains) -> None:
-        number = self.done
-        temporary = self.path / "block.tmp"
-        save_file({name: tensor.numpy() for name, tensor in tensors.items()}, temporary, dict(errors))
-        _sync(temporary)
-        temporary.replace(self.path / f"block-{number:05d}.safetensors")
-        kept = {"float": chains.floating, "quantized": chains.quantized}
-        for kind, chain in kept.items():
-            if chain is not None:
-                chain.save(self.path / f"{kind}-{number + 1}.bin")
-        states = chains.floating.states
-        self._activations = (
-            chains.floating.shape,
-            str(states.dtype).removeprefix("torch."),
-            chains.quantized is not None,
-        )
-        self.done = number + 1
-        self._save_state()
-        self._sweep()
 
     def _save_state(self) -> None:
         shape, dtype, carries = self._activations
@@ -158,27 +163,29 @@ class WorkDirectory:
             )
 
     def _sweep(self) -> None:
-        """Remove what the state does not name: files that a kill left half written, and activations of earlier blocks."""
-        kept = {STATE, *(file.name for file in self._files())}
-        kept |= {f"{kind}-{self.done}.bin" for kind in ("float", "quantized")} if self.done else set()
+        """Remove what is not needed: what a kill left half written, and activations that were neither committed nor are last."""
+        kept = {STATE, *(f"block-{number:05d}.safetensors" for number in range(self.added))}
+        kept |= {f"{kind}-{number}.bin" for kind in ("float", "quantized") for number in {self.done, self.added} - {0}}
         for file in self.path.iterdir():
             if file.name not in kept:
                 file.unlink()
 
-    def _write(self, work: Any) -> None:
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            work()
-        except (OSError, SafetensorError) as error:
-            raise (
-                write_error(self.path, error) if isinstance(error, OSError) else OutputError(f"{self.path}: {error}")
-            ) from error
+            yield
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        except SafetensorError as error:
+            raise OutputError(f"{self.path} cannot be written: {error}") from error
 
 
 class Results(Mapping[str, Result]):
     """Tensors of finished blocks, read when they are looked up, and the measurements beside them."""
 
     def __init__(self, files: list[Path], steps: Mapping[str, Step]) -> None:
-        self._steps, self._files = steps, [safe_open(str(file), "pt") for file in files]
+        self._steps = steps
+        self._files: list[Any] = [safe_open(str(file), "pt") for file in files]
         self._errors = {name: (file, text) for file in self._files for name, text in (file.metadata() or {}).items()}
         keys = ((key, file) for file in self._files for key in file.keys())  # noqa: SIM118  # no dict
         self._measured = {key.removeprefix(_STATISTICS): file for key, file in keys if key.startswith(_STATISTICS)}
