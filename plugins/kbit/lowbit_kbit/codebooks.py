@@ -12,6 +12,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from lowbit.errors import OptionError
+
 
 def fixed_codebook(name: str, bits: int) -> Tensor:
     """Return the codebook ``int``, ``nf`` or ``fp`` of ``bits`` bits: float32 ``(2**bits,)``."""
@@ -69,3 +71,32 @@ def _antisymmetric(half: Tensor) -> Tensor:
 _POSITIVE_HALVES: MappingProxyType[str, Callable[[int], Tensor]] = MappingProxyType(
     {"int": _uniform_half, "nf": _normal_float_half, "fp": _small_float_half}
 )
+
+
+def compact(table: Tensor, bits: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the entries that a scattered table really has, and the new code of each old one.
+
+    bitsandbytes keeps every codebook in 256 places: a narrower one has its values at both ends (3 bits: places 0 to 2 and 252 to
+    255) or in front, and zeros in between. Zero is an entry like any other: it is kept, once.
+
+    Args:
+        table: float (n,), n up to 256, in any order.
+        bits: Of the new codes; None takes as few as the entries need.
+
+    Returns:
+        Ascending float32 ``(2**bits,)``, the last entry repeated where there are fewer, and uint8 ``(n,)``:
+        ``entries[codes[i]] == table[i]``, so ``codes[old.long()]`` converts codes exactly.
+
+    Raises OptionError when the table has more entries than ``bits`` can count, or holds NaN or infinity.
+    """
+    values = table.float().cpu()
+    if not bool(torch.isfinite(values).all()):
+        raise OptionError("the codebook holds NaN or infinity; give finite entries")
+    entries = values.unique()
+    needed = max(1, (len(entries) - 1).bit_length())
+    if needed > (bits or 8):
+        raise OptionError(
+            f"the codebook has {len(entries)} entries, which {bits or 8} bits cannot count; use {needed} bits"
+        )
+    padding = entries[-1:].expand(2 ** (bits or needed) - len(entries))
+    return torch.cat((entries, padding)), torch.searchsorted(entries, values).to(torch.uint8)

@@ -32,7 +32,6 @@ RULES = ("absmax", "signed", "given")
 THREADS = 256
 BLOCKS_PER_PROCESSOR = 32  # 57 us with 8, 54 with 16, 32 and 64 (14336x4096 fp16, k = 4, H200, 2026-11-21)
 DEQUANTIZE_THREADS = 256
-DEQUANTIZE_BLOCKS = 128
 BYTES_PER_BLOCK = 16 * 2 * DEQUANTIZE_THREADS  # that the dequantize kernel writes at a time
 WORD_CHUNKS = MappingProxyType({32: 4, 16: 8, 10: 5, 8: 4, 6: 3, 5: 5, 4: 2})
 """Chunks of eight codes that a thread of ``repack.cu`` packs into words, by codes in a word."""
@@ -255,13 +254,23 @@ def dequantize(
     kernel = _load(dequantize_program(layout, bits, out.dtype, scales.dtype, super_dtype, whole), buffer)
     tiles = max(1, -(-out.numel() * out.element_size() // BYTES_PER_BLOCK))
     kernel(
-        min(tiles, kernel.processors * DEQUANTIZE_BLOCKS),
+        min(tiles, kernel.processors * _blocks(layout, bits)),
         DEQUANTIZE_THREADS,
         *(buffer, codebook, scales, supers, out),
         np.uint64(out.numel()),
         *(np.uint32(value) for value in (columns, group, groups, second_levels)),
         *(np.uint32(value) for each in (max(1, group // 8), groups, super_group) for value in _divider(each)),
     )
+
+
+def _blocks(layout: str, bits: int) -> int:
+    """Return the most blocks of the dequantize kernel for a multiprocessor.
+
+    Where eight codes lie in one word or two, as many as there is work; else fewer, which read ahead (81 instead of 76 % of the copy
+    rate for dense 7-bit codes, 87 instead of 85 % for 4-bit ones the other way; H200, 2026-11-21).
+    """
+    ahead = bits == 7 or (bits == 6 if layout == "Dense" else bits in (3, 5, 6))
+    return 32 if ahead else 128
 
 
 def _load(program: KernelProgram, buffer: Tensor) -> LoadedKernel:

@@ -73,16 +73,20 @@ class KbitQuantizer(Quantizer[KbitOptions]):
         """
         rows, columns = weight.shape
         size = min(options.group_size or columns, columns)
-        importance = _importance(calibration, weight)
+        importance = relative_importance(calibration, weight)
         codebook = choose_codebook(weight, size, options, importance).to(weight.device)
         encoder = make_encoder(codebook)
         if options.flat and columns % (options.group_size or columns):
             parts = _across_rows(weight, options, encoder)
         else:
             parts = _Work(weight, options, size, encoder, importance).run()
+        return self.finish(parts, options, (rows, columns))
+
+    def finish(self, parts: dict[str, Tensor], options: KbitOptions, shape: tuple[int, int]) -> QuantizedTensor:
+        """Return the tensor of parts that were made row by row: flat groups in one row, entries in the order they were given."""
         if options.flat:
             parts["scales"] = parts["scales"].view(1, -1)
-        return QuantizedTensor(self.scheme(options), (rows, columns), _in_given_order(parts, options))
+        return QuantizedTensor(self.scheme(options), shape, _in_given_order(parts, options))
 
 
 def choose_codebook(weight: Tensor, size: int, options: KbitOptions, importance: Tensor | None) -> Tensor:
@@ -92,6 +96,19 @@ def choose_codebook(weight: Tensor, size: int, options: KbitOptions, importance:
     if options.entries is not None:
         return torch.tensor(sorted(user_entries(options.entries, options.bits)), dtype=torch.float32)
     return fixed_codebook(options.codebook, options.bits)
+
+
+def quantize_rows(
+    weight: Tensor,
+    options: KbitOptions,
+    codebook: Tensor,
+    importance: Tensor | None = None,
+    first_row: int = 0,
+) -> dict[str, Tensor]:
+    """Return the parts of some rows of a weight, from ``first_row`` on, with a codebook that was chosen for all of it."""
+    columns = weight.shape[1]
+    size = min(options.group_size or columns, columns)
+    return _Work(weight, options, size, make_encoder(codebook.to(weight.device)), importance, first_row).run()
 
 
 def _across_rows(weight: Tensor, options: KbitOptions, encoder: Encoder) -> dict[str, Tensor]:
@@ -246,7 +263,7 @@ def scale_format(options: KbitOptions) -> ScaleFormat:
     return ScaleFormat(options.scale_dtype, options.scale_bits, signed=signed)
 
 
-def _importance(calibration: Calibration | None, weight: Tensor) -> Tensor | None:
+def relative_importance(calibration: Calibration | None, weight: Tensor) -> Tensor | None:
     """Return the importance of each column relative to the mean, float32 (in,) on the weight's device, if it was measured."""
     if calibration is None or calibration.importance is None:
         return None

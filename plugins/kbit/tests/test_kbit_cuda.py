@@ -24,6 +24,7 @@ from lowbit_kbit.kernels import StreamKernel
 from lowbit_kbit.options import KbitOptions
 from lowbit_kbit.packers import PACKERS, repack
 from lowbit_kbit.quantizer import KbitQuantizer
+from lowbit_kbit.spread import quantize_over
 from lowbit_kbit.streams import LAYOUTS, convert_stream, pack_stream, unpack_stream
 
 QUANTIZER = KbitQuantizer()
@@ -258,6 +259,19 @@ def test_launches_go_to_the_current_stream_and_device():
         with torch.cuda.stream(torch.cuda.Stream(index)):
             found = QUANTIZER.quantize(weight.to(f"cuda:{index}"), options)
             assert_same_quantized(found, expected, f"cuda:{index}")
+
+
+def test_several_devices_give_the_bits_of_one():
+    weight = gaussian(37, 512).bfloat16()
+    every = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    for options in (
+        KbitOptions(3, 32),
+        KbitOptions(4, 64, "nf", "absmax", rounding="stochastic"),
+        KbitOptions(scale="search"),
+    ):
+        expected = QUANTIZER.quantize(weight, options)
+        for devices in (every, ["cuda:0", "cpu"], ["cuda:0", *every]):
+            assert_same_quantized(quantize_over(weight, options, devices), expected, str(devices))
 
 
 def test_given_scales_keep_their_bits():
