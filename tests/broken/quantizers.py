@@ -264,5 +264,17 @@ class BrokenFitsNothing(_Contract):
     must_fail = frozenset({"test_options_fit_their_own_scheme"})
 
 
+class AnnouncesAnother(RoundQuantizer):
+    """Says that codes index a table, and gives none of it."""
+
+    def codebook(self, options):
+        return torch.linspace(-1, 1, 2**options.bits)[:, None]
+
+
+class BrokenAnnouncesAnother(_Contract):
+    kind = AnnouncesAnother
+    must_fail = frozenset({"test_a_codebook_announced_is_the_codebook_given"})
+
+
 class BrokenForgetsAFixture(QuantizerContract):
     must_fail = frozenset({"test_scheme_is_known_beforehand"})

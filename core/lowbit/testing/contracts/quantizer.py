@@ -14,7 +14,7 @@ from lowbit.grids import dequantize
 from lowbit.interfaces import Calibration, Quantizer
 from lowbit.metrics import compare
 from lowbit.scheme import Scheme
-from lowbit.tensors import QuantizedTensor
+from lowbit.tensors import QuantizedTensor, bit_equal
 from lowbit.testing import budgets, weights
 from lowbit.testing.contracts.checks import assert_same_quantized, assert_sentence, override, transposed
 
@@ -85,6 +85,17 @@ class QuantizerContract:
         fitted = quantizer.fit(options, quantizer.scheme(options))
         assert fitted is not None
         assert quantizer.scheme(fitted) == quantizer.scheme(options)
+
+    def test_a_codebook_announced_is_the_codebook_given(
+        self, quantizer: Quantizer[Any], options: Any, shape: tuple[int, int], calibration: Calibration | None
+    ) -> None:
+        """A layout with a codebook of its own is chosen by what ``codebook`` says, before there are any codes."""
+        said = quantizer.codebook(options)
+        if said is not None:
+            found = quantizer.quantize(weights.gaussian(shape), options, calibration).parts.get("codebook")
+            assert found is not None, "codes without a codebook"
+            assert bit_equal(found, said)
+            assert quantizer.with_codebook(options, said) == options
 
     def test_same_input_same_bits(
         self, quantizer: Quantizer[Any], options: Any, shape: tuple[int, int], calibration: Calibration | None
