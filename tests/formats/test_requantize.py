@@ -187,3 +187,9 @@ def test_one_fixed_codebook_does_not_become_another(tmp_path):
     report = convert(tmp_path / "fp4", tmp_path / "out", Target("bitsandbytes", "nf4"), REGISTRY, ALLOWED)
     assert {spec.layout for spec in report.plan.entries.values()} == {"bnb-nf4"}
     assert convert(tmp_path / "fp4", tmp_path / "same", Target("bitsandbytes"), REGISTRY).error.exact
+
+
+def test_integers_become_codes_of_a_table_where_the_format_has_nothing_else(tmp_path):
+    report = requantize(tmp_path, affine(4, 64), "bitsandbytes")
+    assert report.plan.entries[UP].layout == "bnb-nf4"
+    assert 0.02 < report.error.relative < 0.15
