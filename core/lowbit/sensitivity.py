@@ -114,13 +114,14 @@ def _width(bits: float, step: Step, weight: Tensor, known: Calibration | None) -
 
 def _output_error(weight: Tensor, result: Tensor, known: Calibration) -> float | None:
     """Return the relative root mean square error of ``x @ W.T``, or None when nothing was measured."""
+    measured = known.importance if known.hessian is None else known.hessian
+    if measured is None:
+        return None
 
     def power(matrix: Tensor) -> float:
-        pushed = matrix @ known.hessian if known.hessian is not None else matrix * known.importance
+        pushed = matrix * measured if measured.dim() == 1 else matrix @ measured
         return float((pushed * matrix).double().sum())
 
-    if known.hessian is None and known.importance is None:
-        return None
     total = power(weight)
     return math.sqrt(max(0.0, power(result - weight)) / total) if total > 0 else 0.0
 
@@ -151,9 +152,10 @@ def choose_widths(layers: Sequence[Layer], budget: float) -> dict[str, int]:
                 candidates[index, spent:] = costs[: BUCKETS + 1 - spent] + cost
         picks.append(candidates.argmin(0).astype(np.uint8))
         costs = candidates.min(0)
-    left, chosen = BUCKETS, {}
+    left = BUCKETS
     if not np.isfinite(costs[left]):  # rounding up left no room: the narrowest fit exactly
         return {layer.name: min(range(len(layer.widths)), key=lambda i: layer.widths[i].stored) for layer in layers}
+    chosen: dict[str, int] = {}
     for group, choices, pick in reversed(list(zip(groups, options, picks, strict=True))):
         index = int(pick[left])
         chosen |= dict.fromkeys(group, index)

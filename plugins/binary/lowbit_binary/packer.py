@@ -97,7 +97,7 @@ def to_words(bits: Tensor, group_size: int | None) -> Tensor:
     columns = bits.shape[-1]
     size = min(group_size or columns, columns)
     if size % WORD:
-        groups = pad(bits, (0, -columns % size)).unflatten(-1, (-1, size))
+        groups = pad(bits, (0, -columns % size)).reshape(*bits.shape[:-1], -1, size)
         bits = pad(groups, (0, -size % WORD)).flatten(-2)
     else:
         bits = pad(bits, (0, -columns % WORD))

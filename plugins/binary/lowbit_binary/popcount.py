@@ -85,4 +85,5 @@ def sign_product(words: Words, activations: Words, lengths: Counts) -> Counts:
             np.add(count, lane, out=count)
         np.left_shift(total, 1, out=total)
         np.add(total, count, out=total)
-    return (2 ** len(activations) - 1) * lengths - 2 * total.astype(np.int64)
+    result: Counts = (2 ** len(activations) - 1) * lengths - 2 * total.astype(np.int64)
+    return result

@@ -124,7 +124,8 @@ def _inner(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
     gram = _product(left.T, left) * _product(right, right.T)
     gram.diagonal().add_(1e-6 * gram.diagonal().amax().clamp_min(1e-30))
     along = (_product(left.T, weight) * right).sum(1)
-    return torch.linalg.solve(gram.double(), along.double()).float()
+    solved: Tensor = torch.linalg.solve(gram.double(), along.double())
+    return solved.float()
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

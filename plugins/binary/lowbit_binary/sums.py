@@ -94,7 +94,7 @@ def _alternate(unit: Tensor, weights: Tensor, scales: Tensor, planes: int) -> Te
 
 
 def _sum(signs: Tensor, scales: Tensor) -> Tensor:
-    return sum((torch.where(sign, scale, -scale) for sign, scale in zip(signs, scales[..., None], strict=True)), 0.0)  # type: ignore[return-value]
+    return torch.where(signs, scales[..., None], -scales[..., None]).sum(0)
 
 
 def _least_squares(unit: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def _least_squares(unit: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
     along = torch.stack([(each * unit).sum(-1) for each in weighted], -1).double()
     ridge = RIDGE * normal.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(1e-30)
     normal = normal + ridge[..., None, None] * torch.eye(planes, dtype=torch.float64, device=unit.device)
-    solved = torch.linalg.solve(normal, along)
+    solved: Tensor = torch.linalg.solve(normal, along)
     return solved.float().abs().sort(-1, descending=True).values.permute(2, 0, 1).contiguous()
 
 
