@@ -92,7 +92,7 @@ def compact(table: Tensor, bits: int | None = None) -> tuple[Tensor, Tensor]:
     values = table.float().cpu()
     if not bool(torch.isfinite(values).all()):
         raise OptionError("the codebook holds NaN or infinity; give finite entries")
-    entries = values.unique()
+    entries: Tensor = values.unique()  # type: ignore[no-untyped-call]  # torch leaves it so
     needed = max(1, (len(entries) - 1).bit_length())
     if needed > (bits or 8):
         raise OptionError(
