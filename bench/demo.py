@@ -31,8 +31,8 @@ from lowbit.recipe import Recipe, Rule
 from lowbit.runtime.generate import stop_tokens, stream
 
 TITLE = "SmolLM2-135M-Instruct, converted"
-PROMPT = "The capital of France is"
-TOKENS = 12
+PROMPT = "The opposite of hot is"
+TOKENS = 10
 CONTEXT, WINDOWS = 256, 4
 CASES = (
     ("hf, float32", "hf", None),
@@ -42,6 +42,7 @@ CASES = (
     ("awq, 4-bit g64", "awq", Rule("*", "autoround", {"bits": "4", "group_size": "64", "symmetric": "false"})),
     ("gguf Q4_K_M", "gguf:q4_k_m", None),
 )
+HALF = ("gptq", "awq")  # their floats, among them the embedding, in float16, as such folders have them
 COLUMNS = (
     "written as",
     ">bits/weight",
@@ -109,7 +110,7 @@ def main() -> None:
 
 def convert(source: Path, folder: Path, title: str, format: str, rule: Rule | None) -> Written:
     """Convert with a progress bar, choosing new codes for codes: a demo may round twice."""
-    registry, target = lowbit.installed(), Target.parse(format)
+    registry, target = lowbit.installed(), Target.parse(format, torch.float16 if format in HALF else None)
     destination = folder / f"{len(list(folder.iterdir()))}{registry.exporters[target.format].suffix}"
     started = time.perf_counter()
     with registry.open(source) as checkpoint:

@@ -89,7 +89,10 @@ def transformers():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = pytest.importorskip("transformers", reason="models are transformers models")
+        import transformers.models.gemma3.modeling_gemma3
         import transformers.models.llama.modeling_llama
+        import transformers.models.mixtral.modeling_mixtral
+        import transformers.models.phi3.modeling_phi3
         import transformers.models.qwen3_moe.modeling_qwen3_moe
         import transformers.quantizers.auto  # noqa: F401
     return found
@@ -133,10 +136,64 @@ def experts_model(transformers):
     return transformers.Qwen3MoeForCausalLM(config).eval()
 
 
+def mixtral_model(transformers):
+    """One layer of four experts, which its checkpoints name w1, w2 and w3, in a module of another name than the model's."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=257,
+        initializer_range=0.2,
+    )
+    return transformers.MixtralForCausalLM(config).eval()
+
+
+def gemma_model(transformers):
+    """Two layers with norms around everything, scaled tied embeddings and a window of attention."""
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=257,
+        sliding_window=8,
+        query_pre_attn_scalar=16,
+        initializer_range=0.2,
+    )
+    return transformers.Gemma3ForCausalLM(config).eval()
+
+
+def phi_model(transformers):
+    """Two layers whose query, key and value share a linear, and so do gate and up."""
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=257,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    return transformers.Phi3ForCausalLM(config).eval()
+
+
 MODELS = {
     "tied": lambda transformers: tiny_llama(transformers),
     "untied": lambda transformers: tiny_llama(transformers, tied=False),
     "experts": experts_model,
+    "mixtral": mixtral_model,
+    "gemma": gemma_model,
+    "phi": phi_model,
 }
 
 

@@ -2,8 +2,10 @@
 
 import json
 import sys
+import types
 
 import pytest
+import torch
 
 from lowbit.cli import main
 
@@ -59,7 +61,7 @@ def test_eval_prints_a_row_for_each_model(run, folder):
     )
     assert code == 0
     assert out.count("base") >= 2
-    assert "the text that lowbit ships: 189 tokens scored in 3 windows of 64, stride 64" in out
+    assert "the heldout text that lowbit ships: 189 tokens scored in 3 windows of 64, stride 64" in out
 
 
 def test_eval_as_json(run, folder, tmp_path):
@@ -86,6 +88,63 @@ def test_eval_as_json(run, folder, tmp_path):
     assert 0 < packed["kl_mean"] < packed["kl_99"]
     assert 0 < packed["top1_agreement"] < 1
     assert packed["perplexity"] != base["perplexity"]
+
+
+def test_datasets_are_texts_that_ship(run, folder):
+    options = ("--context", "32", "--windows", "2", "--json")
+    texts = {}
+    for name in ("heldout", "calibration"):
+        code, out, _ = run("eval", folder / "packed", "--dataset", name, *options)
+        assert code == 0
+        texts[name] = json.loads(out)
+        assert texts[name]["text"] == f"the {name} text that lowbit ships"
+    perplexities = [document["results"][0]["perplexity"] for document in texts.values()]
+    assert perplexities[0] != perplexities[1]
+
+
+def test_tasks_without_the_harness_name_the_extra(run, folder, monkeypatch):
+    monkeypatch.setattr("lowbit.evaluation.tasks.find_spec", lambda name: None)
+    code, out, err = run("eval", folder / "packed", "--tasks", "arc_easy")
+    assert (code, out) == (2, "")
+    assert err == "Error: --tasks needs the lm-evaluation-harness; pip install 'lowbit[eval]'\n"
+
+
+def test_tasks_run_the_loaded_model(run, folder, monkeypatch):
+    """With a stand-in for the harness, which asks the model that it is handed."""
+    asked = {}
+
+    class Wrapper:
+        def __init__(self, pretrained, tokenizer, batch_size):
+            self.model, self.tokenizer = pretrained, tokenizer
+
+    class Manager:
+        def match_tasks(self, names):
+            return [name for name in names if name == "known"]
+
+    def evaluate(model, tasks, limit, **_):
+        asked.update(tasks=tasks, limit=limit)
+        ids = torch.tensor([model.tokenizer("Once")["input_ids"]])
+        score = model.model(ids).logits.detach().softmax(-1).amax()
+        return {"results": {task: {"acc,none": score.item(), "alias": task, "acc_stderr,none": 0.5} for task in tasks}}
+
+    modules = {
+        "lm_eval": {"simple_evaluate": evaluate},
+        "lm_eval.models": {},
+        "lm_eval.models.huggingface": {"HFLM": Wrapper},
+        "lm_eval.tasks": {"TaskManager": Manager},
+    }
+    for name, members in modules.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**members))
+    monkeypatch.setattr("lowbit.evaluation.tasks.find_spec", lambda name: object())
+    code, out, _ = run("eval", folder / "packed", "--tasks", "known", "--examples", "3", "--json")
+    metrics = json.loads(out)["results"][str(folder / "packed")]["known"]
+    assert code == 0
+    assert asked == {"tasks": ["known"], "limit": 3}
+    assert metrics.keys() == {"acc,none", "acc_stderr,none"}
+    assert 0 < metrics["acc,none"] < 1
+    code, _, err = run("eval", folder / "packed", "--tasks", "known,other")
+    assert code == 2
+    assert "knows no task 'other'" in err
 
 
 def test_bench_times_model_and_layers(run, folder):
@@ -116,6 +175,12 @@ def test_bench_times_model_and_layers(run, folder):
         (["eval", "packed", "--text", "short"], "tokens, less than one window"),
         (["eval", "packed", "--text", "nowhere"], "cannot be read as UTF-8 text"),
         (["eval", "packed", "--windows", "0"], "at least 1, got 0"),
+        (
+            ["eval", "packed", "--dataset", "c4"],
+            "no dataset 'c4', only heldout and calibration; give other texts by --text",
+        ),
+        (["eval", "packed", "--dataset", "heldout", "--text", "short"], "give either --text"),
+        (["eval", "packed", "--tasks", "arc_easy", "--text", "short"], "leave --text out"),
         (["bench", "packed", "--new-tokens", "1"], "--new-tokens must be at least 2, got 1"),
     ],
 )

@@ -83,6 +83,7 @@ class Streaming:
     registry: Registry
     dtype: torch.dtype
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
     slots: Slots | None = None
 
     def build(self, config: Any) -> Any:
@@ -101,11 +102,13 @@ class Streaming:
             except RuntimeError as error:  # shapes that differ, which transformers reports in many lines
                 raise CheckpointError(f"{self.checkpoint.path} does not fit its config: {_one_line(error)}") from error
         _check(report, self.checkpoint.path)
+        self._check_shapes(model)
         return model
 
     def open_slots(self, model: Any) -> None:
         """Replace linears by slots, and say which tensors transformers shall load."""
         self.slots = make_slots(model, self.checkpoint.entries, PackedSlot)
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         for name in self.checkpoint.entries:
             if name not in self.slots.linears:
                 self.tensors[name] = lazy_tensor(self.checkpoint, name, self.registry, self.dtype)
@@ -125,6 +128,17 @@ class Streaming:
         made = map_ranges(lambda at, _: layer(names[at]), len(names), PIECE) if names else []
         for name, found in zip(names, made, strict=True):
             replace_module(model, self.slots.linears[name], found)
+
+    def _check_shapes(self, model: nn.Module) -> None:
+        """Raise CheckpointError for a parameter that is not as the config has it: transformers 5.16 takes any shape."""
+        for name, parameter in model.named_parameters():
+            if parameter.shape != (wanted := self.shapes.get(name, parameter.shape)):
+                sizes = ("x".join(map(str, shape)) for shape in (parameter.shape, wanted))
+                raise CheckpointError(
+                    "{} does not fit its config: {} is {}, and the model needs {}".format(
+                        self.checkpoint.path, name, *sizes
+                    )
+                )
 
     def _packed(self, name: str) -> PackedTensor:
         value = self.checkpoint.read(name)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowbit.errors import OutputError
@@ -81,8 +82,12 @@ def _values(model: Any) -> Iterator[tuple[str, Value]]:
     from transformers.core_model_loading import revert_weight_conversion
 
     layers = {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
-    for path, layer in layers.items():
-        yield f"{path}.weight", layer.packed
+    names = {
+        f"{path}.weight": torch.empty(0) for path in layers
+    }  # transformers renames tensors, so names travel as such
+    renamed = {id(stand_in): name for name, stand_in in revert_weight_conversion(model, names).items()}
+    for (name, stand_in), layer in zip(names.items(), layers.values(), strict=True):
+        yield renamed.get(id(stand_in), name), layer.packed
     packed = {f"{path}.{buffer}" for path, layer in layers.items() for buffer in layer.spec.buffers}
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     plain = {name: value for name, value in model.state_dict().items() if name not in packed and name not in tied}
