@@ -54,7 +54,7 @@ class Ranges(ABC):
 
     @abstractmethod
     def gradients(self, by_scale: Tensor, by_offset: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss gradients of ``below`` and ``above`` (of any scale above 0), from A and B for the last ``steps``."""
+        """Return the loss gradients of ``below`` and ``above``, from A and B for the last ``steps``."""
 
     def learn(self, by_scale: Tensor, by_offset: Tensor, lr: float) -> None:
         """Take one step of SignSGD."""
@@ -79,8 +79,8 @@ class SymmetricRange(Ranges):
 
     def gradients(self, by_scale: Tensor, by_offset: Tensor) -> tuple[Tensor, Tensor]:
         """Only the extreme that counts has a gradient."""
-        counts_above = self._high * self.above >= self._low * self.below
-        return (by_scale * self._low).masked_fill_(counts_above, 0), (-by_scale * self._high).mul_(counts_above)
+        counts_above, whole = self._high * self.above >= self._low * self.below, by_scale / self._half
+        return (whole * self._low).masked_fill_(counts_above, 0), (-whole * self._high).mul_(counts_above)
 
 
 class IntegerRange(Ranges):
