@@ -39,3 +39,13 @@ def test_the_same_command_gives_the_same_bytes_and_tuning_other_codes_than_round
     one, two, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "rounded"))
     assert all((one[name] == two[name]).all() for name in one)
     assert any((one[name] != rounded[name]).any() for name in one if name.endswith("qweight"))
+
+
+def test_opt_rtn_weighs_the_search_by_what_calibration_measured(llama, tmp_path, monkeypatch, capsys):
+    words = ("--quantizer", "autoround", "--set", "recipe=opt_rtn", *SMALL, "--format", "gptq")
+    assert convert(monkeypatch, llama, tmp_path / "out", *words) == 0
+    assert "calibrating on 8 samples of 32 tokens" in capsys.readouterr().err
+    plain = ("--quantizer", "autoround", "--set", "scale=search", *SMALL[-4:], "--format", "gptq", "--quiet")
+    assert convert(monkeypatch, llama, tmp_path / "plain", *plain) == 0
+    weighed, even = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
+    assert any((weighed[name] != even[name]).any() for name in even if name.endswith("scales"))
