@@ -180,8 +180,10 @@ def test_another_job_is_refused_and_the_difference_named(registry, llama, tmp_pa
         run(llama, tmp_path / "out", registry, resume=True, **changes)
 
 
-def test_an_error_keeps_the_finished_blocks(registry, llama, tmp_path, whole, monkeypatch):
-    quantizer = registry.quantizers["needs-block"]
+@pytest.mark.parametrize(("share", "kept"), [(float("inf"), 2), (0.0, 1)])
+def test_an_error_keeps_the_committed_blocks(registry, llama, tmp_path, whole, monkeypatch, share, kept):
+    """Where commits may take no time only the first is made, whose cost nobody knew; what is not committed is done again."""
+    quantizer, notes = registry.quantizers["needs-block"], []
     original = quantizer.quantize_block
 
     def fail(weights, options, calibration, block=None):
@@ -189,11 +191,13 @@ def test_an_error_keeps_the_finished_blocks(registry, llama, tmp_path, whole, mo
             raise RuntimeError("out of memory")
         return original(weights, options, calibration, block)
 
+    monkeypatch.setattr("lowbit.calibration.job.COMMIT_SHARE", share)
     monkeypatch.setattr(quantizer, "quantize_block", fail)
     with pytest.raises(RuntimeError):
         run(llama, tmp_path / "out", registry)
     monkeypatch.undo()
-    run(llama, tmp_path / "out", registry, resume=True)
+    run(llama, tmp_path / "out", registry, resume=True, note=notes.append)
+    assert f"{kept} of 3 blocks are finished already" in notes
     assert contents(tmp_path / "out") == contents(whole)
 
 

@@ -33,14 +33,14 @@ class StatisticsFile(Mapping[str, Calibration]):
 
     def __init__(self, path: Path, checkpoint: Checkpoint) -> None:
         try:
-            self._file: Any = safe_open(str(path), "pt")
+            file: Any = safe_open(str(path), "pt")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read as statistics: {error}") from error
-        if (self._file.metadata() or {}).get("format") != FORMAT:
+        if (file.metadata() or {}).get("format") != FORMAT:
             raise CheckpointError(
                 f"{path} holds no statistics; --statistics takes a file that lowbit wrote, or a new name"
             )
-        self.path = path
+        self.path, self._file = path, file
         self._kinds = self._check(checkpoint)
 
     def __getitem__(self, name: str) -> Calibration:
