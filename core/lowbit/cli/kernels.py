@@ -75,7 +75,7 @@ def _show(tool: Compiler, found: Sequence[Built], as_json: bool) -> None:
         return
     rows = [(each.kernel, each.arch, human_bytes(each.nbytes), _duration(each.seconds)) for each in found]
     total = sum(each.nbytes for each in found), sum(each.seconds for each in found)
-    footer = (f"{len(found)} in {tool.folder()}", "", human_bytes(total[0]), _duration(total[1]))
+    footer = (f"{len(found)} in {tool.folder()}", "", human_bytes(total[0]), _duration(total[1]) if found else "")
     print_table("", ("kernel", "arch", ">size", ">compile time"), rows, footer)
 
 
