@@ -49,6 +49,7 @@ def test_a_layer_is_captured_and_replayed(packed, registry, through_operator):
         torch.testing.assert_close(out, run())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.11's own, of its compiler
 def test_compiled_without_graph_break_on_cuda(packed, registry):
     layer = QuantLinear.from_packed(packed, dtype=torch.bfloat16, registry=registry).cuda()
     compiled = torch.compile(layer, fullgraph=True)
