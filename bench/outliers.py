@@ -41,6 +41,7 @@ LINES = [
 TUNED_LINES = [
     ("autoround", {**TUNED, "group_size": "64"}),
     ("autoround", {**TUNED, "group_size": "32"}),
+    ("autoround", {**TUNED, "group_size": "24"}),
     ("autoround", {**TUNED, "group_size": "64", "outliers": "0.5%"}),
     ("autoround", {**TUNED, "group_size": "64", "outliers": "1%"}),
 ]
