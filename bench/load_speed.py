@@ -61,7 +61,8 @@ def main() -> None:
         }
     document = {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads",
         "method": __doc__.split("\n\n")[2].replace("\n", " "),
         "figures": figures,
     }
