@@ -21,12 +21,17 @@ from lowbit_cuda.units import UnitFormat, row_tiles, units_across
 
 KERNELS = Path(__file__).parent / "kernels"
 WIDTHS = (16, 32, 64)
-ROWS, K_WARPS, WARPS = 128, 2, 8
-"""Rows of W in a block, units of a step, warps of a block: as in ``gemm.cuh``."""
+ROWS, WARPS = 256, 16
+"""Rows of W and warps of a block: as in ``gemm.cuh``."""
 _DEQUANTIZE_WARPS = 8
 _OUTPUTS = {**TYPES, torch.float32: "float"}
 BFLOAT16_POWER = 6
 """bf16 activations are multiplied by 2**-6 before they become fp16: |x| up to 4 million stays finite."""
+
+
+def row_blocks(out_features: int) -> int:
+    """Return the blocks of rows of W: what a GEMM counts arrivals for."""
+    return -(-out_features // ROWS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +52,24 @@ class GemmShape:
     @property
     def steps(self) -> int:
         """Steps along in_features."""
-        return -(-units_across(self.in_features) // K_WARPS)
+        return units_across(self.in_features)
 
     @property
     def row_blocks(self) -> int:
         """Blocks of rows of W."""
-        return -(-self.out_features // ROWS)
+        return row_blocks(self.out_features)
 
     def stages(self, capability: tuple[int, int]) -> int:
         """Return how many steps are on their way to shared memory at once: as many as fit, at most 4."""
-        stage = K_WARPS * self.width * 512 + WARPS * 2 * self.format.nbytes
-        return min(4, (shared_bytes(capability) - 1024 - self.format.decoder.table_bytes) // stage)
+        free = shared_bytes(capability) - 1024 - self.format.decoder.table_bytes
+        return min(4, free // self._stage())
 
     def shared(self, capability: tuple[int, int]) -> int:
         """Return the shared memory of a block."""
-        stage = K_WARPS * self.width * 512 + WARPS * 2 * self.format.nbytes
-        return self.stages(capability) * stage + self.format.decoder.table_bytes
+        return self.stages(capability) * self._stage() + self.format.decoder.table_bytes
+
+    def _stage(self) -> int:
+        return self.width * 512 + WARPS * self.format.nbytes
 
     def why_not(self, capability: tuple[int, int]) -> str | None:
         """Return None when a kernel of this shape runs on a device, else the reason."""

@@ -25,7 +25,7 @@ from lowbit.scheme import Across, Grid, Scheme, Zero
 from lowbit.tensors import PackedSpec, PackedTensor, QuantizedTensor
 from lowbit_cuda.available import capability_reason, why_not_cuda
 from lowbit_cuda.decoder import CODEBOOK, affine_decoder
-from lowbit_cuda.gemm import Dequantizer, Gemm, GemmShape
+from lowbit_cuda.gemm import Dequantizer, Gemm, GemmShape, row_blocks
 from lowbit_cuda.gemv import TYPES, Gemv, GemvShape
 from lowbit_cuda.units import COLUMNS, GROUP_SIZES, UnitFormat, pack_units, row_tiles, units_across
 
@@ -86,7 +86,7 @@ class UnitsKernel(Kernel):
         scheme, shape = packed.scheme, packed.shape
         format = unit_format(scheme, shape)
         buffers = {"units": pack_units(format, quantized.parts["codes"], *_scales_and_offsets(quantized, format))}
-        buffers["arrived"] = torch.zeros(-(-shape[0] // 128), dtype=torch.int32, device=buffers["units"].device)
+        buffers["arrived"] = torch.zeros(row_blocks(shape[0]), dtype=torch.int32, device=buffers["units"].device)
         if scheme.grid is Grid.CODEBOOK:
             buffers["codebook"] = quantized.parts["codebook"].reshape(-1).clone()
         return PackedTensor(PackedSpec(LAYOUT, scheme, shape, _specs(scheme, shape, format)), buffers)
@@ -189,7 +189,7 @@ def _scales_and_offsets(quantized: QuantizedTensor, format: UnitFormat) -> tuple
 
 def _specs(scheme: Scheme, shape: tuple[int, int], format: UnitFormat) -> dict[str, TensorSpec]:
     units = TensorSpec(torch.uint8, (row_tiles(shape[0]), units_across(shape[1]), format.nbytes))
-    specs = {"units": units, "arrived": TensorSpec(torch.int32, (-(-shape[0] // 128),))}
+    specs = {"units": units, "arrived": TensorSpec(torch.int32, (row_blocks(shape[0]),))}
     if scheme.grid is Grid.CODEBOOK:
         (entries, _) = part_specs(scheme, shape)["codebook"].shape
         specs["codebook"] = TensorSpec(torch.float32, (entries,))

@@ -1,13 +1,14 @@
 // y = x W^T for 17 to 64 rows of x: weights become fp16 once and meet every row of x; the work is cut evenly over the device.
 //
-//   A block computes 128 rows of W (ROW_WARPS warps of two row tiles each) for all rows of x, over steps of K_WARPS * 256 columns:
+//   A block computes 256 rows of W (a row tile for each of 16 warps) for all rows of x, over steps of 256 columns:
 //
-//        step 0             step 1                      warp = (row warp, column warp)
-//      [ unit | unit ]    [ unit | unit ] ...  tile 0   x of a step and the units of every warp arrive in shared memory by
-//      [ unit | unit ]    [ unit | unit ] ...  tile 1   cp.async, STAGES steps ahead; x lies there in fragment order:
-//        warp   warp                                    [unit][8 rows of x][pair of fragments][lane] 16 bytes
+//        step 0    step 1              x of a step and the units of every warp arrive in shared memory by
+//      [ unit ]   [ unit ] ... warp 0  cp.async, STAGES steps ahead; there x lies in fragment order:
+//      [ unit ]   [ unit ] ... warp 1  [8 rows of x][pair of fragments][lane] 16 bytes
+//        ...
 //
-//   All (128-row block, step) pairs in order are one line that is cut into gridDim.x pieces of equal length (stream-K: Osama et al.
+//
+//   All (256-row block, step) pairs in order are one line that is cut into gridDim.x pieces of equal length (stream-K: Osama et al.
 //   2023). A block whose piece covers only a part of a row block leaves its sums in `partial`; the last one to arrive adds them, in the
 //   order of the columns: two runs give the same bits. `arrived` counts steps for each row block, and is left at zero.
 //
@@ -31,32 +32,27 @@ struct GemmArguments {
 
 template <class Decoder, class Unit, class T, int TOKENS, int STAGES>
 struct Gemm {
-  static constexpr int ROW_WARPS = 4, K_WARPS = 2, WARPS = ROW_WARPS * K_WARPS, ROWS = 32 * ROW_WARPS;
+  static constexpr int WARPS = 16, ROWS = 16 * WARPS;
   static constexpr int BLOCKS = TOKENS / 8, GROUPS = Unit::GROUPS;
-  static constexpr int X_UNIT = BLOCKS * 4096, X_STAGE = K_WARPS * X_UNIT;  // bytes
-  static constexpr int W_WARP = 2 * Unit::BYTES, STAGE = X_STAGE + WARPS * W_WARP;
-  static_assert(X_STAGE >= 4 * ROWS * TOKENS, "sums are exchanged where x was");
-  using Sums = float[2][BLOCKS][4];
+  static constexpr int X_STAGE = BLOCKS * 4096, STAGE = X_STAGE + WARPS * Unit::BYTES;  // bytes
+  using Sums = float[BLOCKS][4];
 
   static __device__ __forceinline__ void fetch(const GemmArguments& a, char* stage, int block, int step, int warp, int lane) {
-    // x: thread i of the block copies pieces of 16 bytes, 4 neighbours (t) of 8 rows (g) to 512 bytes in order
+    // x: a warp copies whole lines, 128 bytes of 4 rows at a time: L2 is limited by requests, all blocks read the same x
     const uint32_t x_place = shared_address(stage);
 #pragma unroll
-    for (int i = warp; i < K_WARPS * BLOCKS * 8; i += WARPS) {
-      const int pair = i % 8, token = i / 8 % BLOCKS * 8 + (lane >> 2);
-      const int column = (step * K_WARPS + i / (8 * BLOCKS)) * 256 + 32 * pair + 8 * (lane & 3);
+    for (int i = warp; i < BLOCKS * 8; i += WARPS) {
+      const int piece = i % 4 * 8 + (lane & 7), token = i / 4 * 4 + (lane >> 3), column = step * 256 + 8 * piece;
+      const int eight = token / 8, g = token % 8;
       const bool there = token < a.tokens && column < a.in_features;
       const __half* source = there ? a.x + static_cast<long long>(token) * a.x_stride + column : a.x;
-      copy_async16_or_zeros(x_place + i * 512 + lane * 16, source, there);
+      const int place = (8 * eight + piece / 4) * 512 + (4 * g + piece % 4) * 16;
+      copy_async16_or_zeros(x_place + place, source, there);
     }
-    const int unit = step * K_WARPS + warp / ROW_WARPS;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int tile = block * (2 * ROW_WARPS) + warp % ROW_WARPS * 2 + half;
-      if (tile < a.tiles && unit < a.units) {
-        const char* source = a.weights + (static_cast<long long>(tile) * a.units + unit) * Unit::BYTES + lane * 16;
-        Unit::fetch(x_place + X_STAGE + warp * W_WARP + half * Unit::BYTES + lane * 16, source, Unit::in_last(lane));
-      }
+    const int tile = block * WARPS + warp;
+    if (tile < a.tiles) {
+      const char* source = a.weights + (static_cast<long long>(tile) * a.units + step) * Unit::BYTES + lane * 16;
+      Unit::fetch(x_place + X_STAGE + warp * Unit::BYTES + lane * 16, source, Unit::in_last(lane));
     }
   }
 
@@ -80,69 +76,71 @@ struct Gemm {
     return *reinterpret_cast<const uint32_t*>(&value);
   }
 
-  static __device__ __forceinline__ void multiply(Sums& sums, const char* x, uint32_t units, int lane, float zero,
-                                                  const Table& table) {
-    typename Unit::Pair scales[2][GROUPS], offsets[2][GROUPS];
-    uint32_t words[2][4 * Unit::BITS];
+  // The fragments of one chunk of a lane's unit.
+  static __device__ __forceinline__ void decode(uint32_t (&a)[4][4], const uint32_t* words, int chunk, const typename Unit::Pair* scales,
+                                                const typename Unit::Pair* offsets, float zero, const Table& table) {
+    Decoder::decode(words + chunk * Unit::BITS, a, table);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t unit = units + half * Unit::BYTES;
-      Unit::words(words[half], unit + lane * 16);
-      Unit::pairs(scales[half], unit + Unit::pairs_offset(lane));
-      if (!Unit::PLAIN) Unit::pairs(offsets[half], unit + Unit::pairs_offset(lane) + Unit::SCALE_BYTES);
+    for (int m = 0; m < 4; ++m) {
+      const int group = (4 * chunk + m) / Unit::FRAGMENTS;
+      const float2 scale = as_floats(scales[group]);
+      const float2 offset = Unit::PLAIN ? make_float2(zero, zero) : as_floats(offsets[group]);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        a[m][r] = weight(a[m][r], Decoder::position(m, r / 2), r % 2 ? scale.y : scale.x, r % 2 ? offset.y : offset.x);
+      }
     }
+  }
+
+  static __device__ __forceinline__ void multiply(Sums& sums, uint32_t x, uint32_t unit, int lane, float zero, const Table& table) {
+    typename Unit::Pair scales[GROUPS], offsets[GROUPS];
+    uint32_t words[4 * Unit::BITS];
+    Unit::words(words, unit + lane * 16);
+    Unit::pairs(scales, unit + Unit::pairs_offset(lane));
+    if (!Unit::PLAIN) Unit::pairs(offsets, unit + Unit::pairs_offset(lane) + Unit::SCALE_BYTES);
 #pragma unroll
     for (int chunk = 0; chunk < 4; ++chunk) {
-      uint32_t a[2][4][4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Decoder::decode(words[half] + chunk * Unit::BITS, a[half], table);
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {
-          const int group = (4 * chunk + m) / Unit::FRAGMENTS;
-          const float2 scale = as_floats(scales[half][group]);
-          const float2 offset = Unit::PLAIN ? make_float2(zero, zero) : as_floats(offsets[half][group]);
-#pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            const float s = r % 2 ? scale.y : scale.x, o = r % 2 ? offset.y : offset.x;
-            a[half][m][r] = weight(a[half][m][r], Decoder::position(m, r / 2), s, o);
-          }
-        }
-      }
+      uint32_t a[4][4];
+      decode(a, words, chunk, scales, offsets, zero, table);
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
 #pragma unroll
         for (int block = 0; block < BLOCKS; ++block) {
-          const uint4 b = *reinterpret_cast<const uint4*>(x + (block * 8 + 2 * chunk + pair) * 512 + lane * 16);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            mma_f16(sums[half][block], a[half][2 * pair], b.x, b.y);
-            mma_f16(sums[half][block], a[half][2 * pair + 1], b.z, b.w);
-          }
+          uint32_t b[4];
+          load_shared(b, x + (block * 8 + 2 * chunk + pair) * 512 + lane * 16);
+          mma_f16(sums[block], a[2 * pair], b[0], b[1]);
+          mma_f16(sums[block], a[2 * pair + 1], b[2], b[3]);
         }
       }
     }
   }
 
-  // Places of a block's sums in float memory: 4 of one lane together, lanes in order.
-  static __device__ __forceinline__ int place(int row_warp, int half, int block, int lane) {
-    return (((row_warp * 2 + half) * BLOCKS + block) * 32 + lane) * 4;
+  // Where a warp's sums lie in float memory: 4 of one lane together, lanes in order.
+  static __device__ __forceinline__ int place(int warp, int block, int lane) { return ((warp * BLOCKS + block) * 32 + lane) * 4; }
+  static __device__ __forceinline__ void clear(Sums& sums) {
+#pragma unroll
+    for (int i = 0; i < 4 * BLOCKS; ++i) sums[i / 4][i % 4] = 0.0f;
+  }
+  static __device__ __forceinline__ void add(Sums& sums, const float4& s, int block) {
+    sums[block][0] += s.x;
+    sums[block][1] += s.y;
+    sums[block][2] += s.z;
+    sums[block][3] += s.w;
   }
 
-  static __device__ __forceinline__ void store(const GemmArguments& a, const Sums& sums, int row_block, int row_warp, int lane,
+  static __device__ __forceinline__ void store(const GemmArguments& a, const Sums& sums, int row_block, int warp, int lane,
                                                const T* bias, T* y) {
-    const int g = lane >> 2, t = lane & 3;
+    const int g = lane >> 2, t = lane & 3, first = row_block * ROWS + warp * 16 + g;
+    float offsets[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      if (bias != nullptr && first + 8 * half < a.out_features) offsets[half] = Activation<T>::load(bias[first + 8 * half]);
+    }
 #pragma unroll
-      for (int block = 0; block < BLOCKS; ++block) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = row_block * ROWS + row_warp * 32 + half * 16 + g + 8 * (i / 2), token = 8 * block + 2 * t + i % 2;
-          if (row >= a.out_features || token >= a.tokens) continue;
-          const float value = sums[half][block][i] * a.factor + (bias != nullptr ? Activation<T>::load(bias[row]) : 0.0f);
-          y[static_cast<long long>(token) * a.y_stride + row] = Activation<T>::store(value);
-        }
+    for (int i = 0; i < 4 * BLOCKS; ++i) {
+      const int half = i % 4 / 2, row = first + 8 * half, token = i / 4 * 8 + 2 * t + i % 2;
+      if (row < a.out_features && token < a.tokens) {
+        y[static_cast<long long>(token) * a.y_stride + row] = Activation<T>::store(sums[i / 4][i % 4] * a.factor + offsets[half]);
       }
     }
   }
@@ -159,15 +157,10 @@ struct Gemm {
     __shared__ bool last;
     const int begin = piece(a, blockIdx.x), first_item = row_block * a.steps;
     float* mine = a.partial + (2 * static_cast<long long>(blockIdx.x) + (first_item > begin ? 1 : 0)) * size;
-    if (warp < ROW_WARPS) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) {
-          const float* s = sums[half][block];
-          __stcg(reinterpret_cast<float4*>(mine + place(warp, half, block, lane)), make_float4(s[0], s[1], s[2], s[3]));
-        }
-      }
+    for (int block = 0; block < BLOCKS; ++block) {
+      const float* s = sums[block];
+      __stcg(reinterpret_cast<float4*>(mine + place(warp, block, lane)), make_float4(s[0], s[1], s[2], s[3]));
     }
     __threadfence();
     __syncthreads();
@@ -176,30 +169,17 @@ struct Gemm {
       if (last) a.arrived[row_block] = 0;
     }
     __syncthreads();
-    if (!last || warp >= ROW_WARPS) return;
+    if (!last) return;
     __threadfence();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int block = 0; block < BLOCKS; ++block) {
-        for (int i = 0; i < 4; ++i) sums[half][block][i] = 0.0f;
-      }
-    }
+    clear(sums);
     int index = static_cast<int>((static_cast<long long>(first_item) * gridDim.x + gridDim.x - 1) / a.items);
     while (index > 0 && piece(a, index) > first_item) --index;  // the block that has the first step
     while (piece(a, index + 1) <= first_item) ++index;
     for (; piece(a, index) < first_item + a.steps; ++index) {
       const float* part = a.partial + (2 * static_cast<long long>(index) + (first_item > piece(a, index) ? 1 : 0)) * size;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) {
-          const float4 s = __ldcg(reinterpret_cast<const float4*>(part + place(warp, half, block, lane)));
-          sums[half][block][0] += s.x;
-          sums[half][block][1] += s.y;
-          sums[half][block][2] += s.z;
-          sums[half][block][3] += s.w;
-        }
+      for (int block = 0; block < BLOCKS; ++block) {
+        add(sums, __ldcg(reinterpret_cast<const float4*>(part + place(warp, block, lane))), block);
       }
     }
     store(a, sums, row_block, warp, lane, bias, y);
@@ -207,7 +187,7 @@ struct Gemm {
 
   static __device__ __forceinline__ void run(const GemmArguments& a, const T* bias, T* y) {
     extern __shared__ __align__(128) char shared[];
-    const int lane = lane_number(), warp = threadIdx.x >> 5, row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS;
+    const int lane = lane_number(), warp = threadIdx.x >> 5;
     const int begin = piece(a, blockIdx.x), end = piece(a, blockIdx.x + 1);
     char* table = shared + STAGES * STAGE;
     const Table where = {shared_address(table), static_cast<uint32_t>(lane * 4)};
@@ -228,51 +208,16 @@ struct Gemm {
       __syncthreads();
       start(item + STAGES - 1);
       const int row_block = item / a.steps, step = item - row_block * a.steps;
-      const char* stage = shared + (item - begin) % STAGES * STAGE;
-      if (step * K_WARPS + k_warp < a.units && row_block * (2 * ROW_WARPS) + row_warp * 2 < a.tiles) {
-        multiply(sums, stage + k_warp * X_UNIT, shared_address(stage) + X_STAGE + warp * W_WARP, lane, a.zero, where);
-      }
+      const uint32_t stage = shared_address(shared) + (item - begin) % STAGES * STAGE;
+      multiply(sums, stage, stage + X_STAGE + warp * Unit::BYTES, lane, a.zero, where);
       if (step + 1 < a.steps && item + 1 < end) continue;
-      // the row block, or this block's part of it, is complete: add what the second column warps have, through the stage that
-      // everyone has read
-      float* exchange = reinterpret_cast<float*>(shared + (item - begin) % STAGES * STAGE);
-      __syncthreads();
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) {
-          float4* there = reinterpret_cast<float4*>(exchange + place(row_warp, half, block, lane));
-          if (k_warp == 1) *there = *reinterpret_cast<const float4*>(sums[half][block]);
-        }
-      }
-      __syncthreads();
-      if (k_warp == 0) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-          for (int block = 0; block < BLOCKS; ++block) {
-            const float4 other = *reinterpret_cast<const float4*>(exchange + place(row_warp, half, block, lane));
-            sums[half][block][0] += other.x;
-            sums[half][block][1] += other.y;
-            sums[half][block][2] += other.z;
-            sums[half][block][3] += other.w;
-          }
-        }
-      }
       if (from == 0 && step + 1 == a.steps) {
-        if (k_warp == 0) store(a, sums, row_block, row_warp, lane, bias, y);
+        store(a, sums, row_block, warp, lane, bias, y);
       } else {
         share(a, sums, row_block, from, step + 1, warp, lane, bias, y);
       }
       from = 0;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sums[half][block][i] = 0.0f;
-        }
-      }
+      clear(sums);
     }
   }
 };
