@@ -2,7 +2,7 @@
 
     python bench/load_speed.py [--rounds 5]
 
-Two models: SmolLM2 as it is, and a synthetic one shaped like a Llama of 1.2 billion weights, packed in 4 bits. Each round reads the files
+Two models: SmolLM2 as it is, and a synthetic one shaped like a Llama of 1.1 billion weights, packed in 4 bits. Each round reads the files
 into fresh memory, 16 MB at a time, and loads the model, in turn; the median of the ratios counts. Peak memory is the growth of
 the resident set over a load in a process that has done nothing else but a load of a tiny model. Writes ``bench/baselines/load_speed.json``.
 """
@@ -57,7 +57,7 @@ def main() -> None:
         convert(smollm2(), real, Target("native"), lowbit.installed())
         figures = {
             title: measure(folder, arguments.rounds)
-            for title, folder in (("SmolLM2-135M", real), ("Llama of 1.0 G weights", synthetic))
+            for title, folder in (("SmolLM2-135M", real), ("Llama of 1.1 G weights", synthetic))
         }
     document = {
         "date": time.strftime("%Y-%m-%d"),

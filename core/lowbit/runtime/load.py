@@ -218,8 +218,9 @@ def _dtype(config: Any, checkpoint: Checkpoint, device: torch.device) -> torch.d
     said = getattr(config, "dtype", None)
     if not any(isinstance(entry, PackedSpec) for entry in checkpoint.entries.values()):
         return said if isinstance(said, torch.dtype) else torch.float32
-    usable = isinstance(said, torch.dtype) and said != torch.float32 and device.type != "cpu"
-    return said if usable else torch.bfloat16
+    if isinstance(said, torch.dtype) and said != torch.float32 and device.type != "cpu":
+        return said
+    return torch.bfloat16
 
 
 def _generation(metadata: Metadata) -> Mapping[str, Any]:
