@@ -7,8 +7,8 @@ with the largest gain are taken. Without a Hessian H is the diagonal of importan
 
 The dense part is chosen twice, once for W and once for W without its largest entries (by ``w_ij**2 H_jj``), which no longer
 stretch the scales of their groups; the outliers are then placed by gain, and the result with the lower error is kept. A
-quantizer that tunes a whole block sees the outliers at work instead: they are fixed beforehand by ``w_ij**2 H_jj``, and the block
-runs with them added while the rest is tuned.
+quantizer that tunes a whole block sees the outliers at work: their places are those that it would get without tuning, and the block
+runs with these weights added while the rest is tuned.
 """
 
 from __future__ import annotations
@@ -113,15 +113,17 @@ class WithOutliers(Quantizer[Any]):
 
     def quantize(self, weight: Tensor, options: Any, calibration: Calibration | None = None) -> QuantizedTensor:
         """Quantize twice, place the outliers, and keep the better. Raises WeightError, for NaN and for values beyond the dtype."""
+        problem, best = self._placed(weight, options, calibration)
+        return self._stored(best.dense, problem, best.mask, (problem.weight - dequantize(best.dense))[best.mask])
+
+    def _placed(self, weight: Tensor, options: Any, calibration: Calibration | None) -> tuple[_Problem, _Placed]:
         problem = _Problem.of(weight, calibration)
         count = outlier_count(self.scheme(options), problem.shape)
-        plain = self.inner.quantize(weight, options, calibration)
-        results = [problem.place(plain, count)]
+        results = [problem.place(self.inner.quantize(weight, options, calibration), count)]
         if count:
             trimmed = torch.where(problem.largest(count), 0, weight)
             results.append(problem.place(self.inner.quantize(trimmed, options, calibration), count))
-        best = min(results, key=lambda result: result.error)
-        return self._stored(best.dense, problem, best.mask, (problem.weight - dequantize(best.dense))[best.mask])
+        return problem, min(results, key=lambda result: result.error)
 
     def quantize_block(
         self,
@@ -134,10 +136,10 @@ class WithOutliers(Quantizer[Any]):
         tuned = [name for name in weights if block and "block_inputs" in self.inner.needs_for(options[name])]
         if block is None or not tuned:
             return super().quantize_block(weights, options, calibration, block)
-        problems = {name: _Problem.of(weight, calibration.get(name)) for name, weight in weights.items()}
-        masks = {}
-        for name, problem in problems.items():
-            masks[name] = problem.largest(outlier_count(self.scheme(options[name]), problem.shape))
+        problems, masks = {}, {}
+        for name, weight in weights.items():
+            problems[name], best = self._placed(weight, options[name], calibration.get(name))
+            masks[name] = best.mask
         rest = {name: torch.where(masks[name], 0, weight) for name, weight in weights.items()}
         apart = {name: weights[name] - rest[name] for name in weights}
         with _added(block, apart):

@@ -142,8 +142,10 @@ def _trellis(draw: st.DrawFn) -> dict[str, Any]:
 def _binary(draw: st.DrawFn) -> dict[str, Any]:
     planes, scales = draw(st.integers(1, 3)), ScaleFormat(draw(st.sampled_from(PLAIN_DTYPES)))
     if draw(st.booleans()):
-        inner = draw(st.sampled_from(({"rank": draw(st.integers(1, 40))}, {"rate": draw(st.floats(0.1, 4.0))})))
-        binary = Binary(planes, BinaryForm.PRODUCT, **inner)
+        if draw(st.booleans()):
+            binary = Binary(planes, BinaryForm.PRODUCT, rank=draw(st.integers(1, 40)))
+        else:
+            binary = Binary(planes, BinaryForm.PRODUCT, rate=draw(st.floats(0.1, 4.0)))
         return {"bits": planes, "scales": scales, "binary": binary}
     binary = Binary(planes, column_scales=draw(st.booleans()))
     return {"bits": planes, "scales": scales, "binary": binary, "group_size": draw(st.sampled_from(GROUP_SIZES))}
