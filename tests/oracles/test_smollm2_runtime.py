@@ -16,13 +16,15 @@ from lowbit.runtime.generate import stream
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # deprecations of transformers, and of hqq, which it imports
+
 KBIT = Rule("*", "kbit", {"bits": "3", "group_size": "16", "scale_bits": "6"})
 RTN = Rule("*", "autoround", {"bits": "4", "group_size": "64"})
 FORMS = {  # target, rule, and the most that the perplexity may grow by (measured: 2.3, 1.14, 1.14 and 1.06)
     "kbit 3-bit": ("native", KBIT, 3.0),
     "gptq 4-bit": ("gptq", RTN, 1.3),
     "awq 4-bit": ("awq", Rule("*", "autoround", {**RTN.settings, "symmetric": "false"}), 1.3),
-    "gguf q4_k_m": ("gguf:q4_k_m", None, 1.15),
+    "gguf q4_k_m": ("gguf:q4_k_m", Rule("*", "ggml"), 1.15),
 }
 
 
