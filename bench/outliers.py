@@ -44,6 +44,7 @@ TUNED_LINES = [
     ("autoround", {**TUNED, "group_size": "24"}),
     ("autoround", {**TUNED, "group_size": "64", "outliers": "0.5%"}),
     ("autoround", {**TUNED, "group_size": "64", "outliers": "1%"}),
+    ("autoround", {**TUNED, "group_size": "128", "outliers": "1%"}),
 ]
 SAMPLES, LENGTH = 32, 256
 
