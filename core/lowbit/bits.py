@@ -13,9 +13,12 @@ Eight codes of k bits become k bytes; code i occupies bits [k*i, k*i + k) of the
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from lowbit.workers import map_ranges
 
 _CHUNK = 1 << 18  # codes at a time: 2 MB of temporaries stay in a core's L2 cache
 
@@ -42,8 +45,11 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if bits == 4:
         return _pack_nibbles(codes.contiguous())
     out = torch.empty(rows, packed_width(columns, bits), dtype=torch.uint8, device=codes.device)
-    for part, target in zip(_chunks(words), _chunks(out.view(rows, -1, bits)), strict=True):
+
+    def squeeze(part: Tensor, target: Tensor) -> None:
         target.copy_(_squeeze(part, bits).view(torch.uint8).view(*part.shape, 8)[..., :bits])
+
+    _in_pieces(squeeze, words, out.view(rows, -1, bits))
     return out
 
 
@@ -59,10 +65,13 @@ def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
         return _unpack_nibbles(packed.contiguous())[:, :columns].contiguous()
     bytes_in = packed.reshape(rows, -1, bits)  # k bytes hold eight codes
     words = torch.empty(rows, bytes_in.shape[1], dtype=torch.int64, device=packed.device)
-    for part, target in zip(_chunks(bytes_in), _chunks(words), strict=True):
+
+    def spread(part: Tensor, target: Tensor) -> None:
         wide = torch.zeros(*target.shape, 8, dtype=torch.uint8, device=packed.device)
         wide[..., :bits] = part
         target.copy_(_spread(wide.view(torch.int64).squeeze(-1), bits))
+
+    _in_pieces(spread, bytes_in, words)
     return words.view(torch.uint8)[:, :columns].contiguous()
 
 
@@ -70,17 +79,19 @@ def _pack_nibbles(codes: Tensor) -> Tensor:
     """Pack 4-bit codes, two to a byte: twice as fast as the general way, because a pair is one int16."""
     pairs = codes.view(torch.int16)  # low code | high code << 8
     packed = torch.empty(pairs.shape, dtype=torch.uint8, device=codes.device)
-    for part, target in zip(_chunks(pairs), _chunks(packed), strict=True):
-        target.copy_((part >> 4).bitwise_or_(part))
+    _in_pieces(lambda part, target: target.copy_((part >> 4).bitwise_or_(part)), pairs, packed)
     return packed
 
 
 def _unpack_nibbles(packed: Tensor) -> Tensor:
     """Undo ``_pack_nibbles``: uint8 (rows, n) to uint8 (rows, 2 * n)."""
     pairs = torch.empty(packed.shape, dtype=torch.int16, device=packed.device)
-    for part, target in zip(_chunks(packed), _chunks(pairs), strict=True):
+
+    def spread(part: Tensor, target: Tensor) -> None:
         target.copy_(part)
         target.bitwise_or_(target << 4).bitwise_and_(0x0F0F)
+
+    _in_pieces(spread, packed, pairs)
     return pairs.view(torch.uint8)
 
 
@@ -108,9 +119,13 @@ def _lane_mask(width: int, lane: int, start: int = 0) -> int:
     return mask - (1 << 64) if mask >> 63 else mask
 
 
-def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
-    rows = max(1, _CHUNK // max(1, 8 * tensor.shape[1]))
-    return tuple(tensor[start : start + rows] for start in range(0, tensor.shape[0], rows))
+def _in_pieces(function: Callable[[Tensor, Tensor], object], source: Tensor, target: Tensor) -> None:
+    """Call ``function`` on the same rows of both, several pieces at once on a CPU; the whole on other devices."""
+    if source.device.type != "cpu":
+        function(source, target)
+        return
+    each = 8 * source[0].numel() if len(source) else 1
+    map_ranges(lambda start, stop: function(source[start:stop], target[start:stop]), len(source), each, piece=_CHUNK)
 
 
 def _check(bits: int) -> None:

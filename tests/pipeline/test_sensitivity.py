@@ -89,7 +89,9 @@ def test_widths_are_the_best_of_all(budget, seed):
 
 def test_a_budget_of_exactly_the_narrowest_gives_the_narrowest():
     layers = random_layers(6)
-    assert set(choose_widths(layers, average_bits(layers, dict.fromkeys((la.name for la in layers), 0))).values()) == {0}
+    assert set(choose_widths(layers, average_bits(layers, dict.fromkeys((la.name for la in layers), 0))).values()) == {
+        0
+    }
 
 
 def test_many_layers_stay_within_the_budget():

@@ -53,7 +53,13 @@ _PREFERRED: tuple[str, ...] = (
     "Q6_K",
 )
 _PREFERRED += ("TQ2_0", "TQ1_0", "MXFP4", "IQ4_NL")
-_TOLD: tuple[str, ...] = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TOLD: tuple[str, ...] = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 _TOLD += ("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
 _TOLD += (model_card.CARD, model_card.GENERATION)
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION

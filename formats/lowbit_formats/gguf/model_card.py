@@ -71,7 +71,9 @@ def from_keys(keys: Keys) -> bytes | None:
     lines = ["---"]
     for field, said in fields.items():
         quoted = [json.dumps(item, ensure_ascii=False) for item in ([said] if isinstance(said, str) else said)]
-        lines += [f"{field}: {quoted[0]}"] if isinstance(said, str) else [f"{field}:", *(f"- {item}" for item in quoted)]
+        lines += (
+            [f"{field}: {quoted[0]}"] if isinstance(said, str) else [f"{field}:", *(f"- {item}" for item in quoted)]
+        )
     title = keys.text("general.name", "Model")
     lines += [
         "---",
