@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from lowbit import lift
 from lowbit.errors import NoRouteError, OptionError
 from lowbit.exact import exact_scheme
-from lowbit.interfaces import Calibration, Checkpoint, Entry, Exporter, MatmulProblem, Metadata, Packer
+from lowbit.interfaces import Calibration, Checkpoint, Entry, Exporter, MatmulProblem, Metadata, Packer, Value
 from lowbit.parts import TensorSpec, part_specs
 from lowbit.recipe import Choice, Recipe, is_linear_name, is_matrix
 from lowbit.registry import Registry
@@ -345,3 +346,14 @@ def lacking(choice: Choice, name: str, missing: frozenset[str]) -> OptionError:
 def _scheme(entry: Entry) -> Scheme:
     assert isinstance(entry, PackedSpec)
     return entry.scheme
+
+
+class PlannedCheckpoint(Checkpoint):
+    """What a plan will write, before it is written: names and schemes, no data; for planning what comes after it."""
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self.path, self.entries, self.metadata = path, plan.entries, plan.metadata
+
+    def read(self, name: str) -> Value:
+        """Raise: there is no data yet."""
+        raise NotImplementedError(f"{name} is not written yet")

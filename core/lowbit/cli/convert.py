@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowbit.cli.calibration import BLOCK_WORK, bar_bytes, calibration_options, seeds_samples_only, wishes_of
-from lowbit.cli.console import human_bytes, human_count, json_option, print_json, print_table, progress_bar
+from lowbit.cli.calibration import calibration_options, seeds_samples_only, wishes_of
+from lowbit.cli.console import human_bytes, human_count, json_option, print_json, print_table
+from lowbit.cli.jobs import check, folder_names, run, run_several
 from lowbit.errors import OptionError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from lowbit.convert import Report
     from lowbit.interfaces import Entry
-    from lowbit.plan import Plan, Step
+    from lowbit.plan import Plan, Step, Target
     from lowbit.recipe import Recipe
     from lowbit.registry import Registry
 
@@ -31,6 +32,7 @@ SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 @click.option("--bits", "-b", help="Bits of a code.")
 @click.option("--group-size", "-g", help="Weights that share a scale; 'none' for the whole row.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any option of the quantizer; repeatable.")
+@click.option("--recipe", help="How much a quantizer that has recipes works: rtn, light, default, best.")
 @click.option(
     "--rule",
     "rules",
@@ -39,7 +41,12 @@ SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     help="Options for some tensors; the first match decides, GLOB=none keeps, @FILE reads them; repeatable.",
 )
 @click.option(
-    "--format", "-f", "format", default="native", show_default=True, help="FORMAT or FORMAT:VARIANT, such as gguf:q4_0."
+    "--format",
+    "-f",
+    "format",
+    default="native",
+    show_default=True,
+    help="FORMAT or FORMAT:VARIANT, such as gguf:q4_0; several (native,gptq) go into a folder each.",
 )
 @click.option(
     "--dtype",
@@ -81,66 +88,44 @@ def convert_command(source: Path, destination: Path, as_json: bool, quiet: bool,
     --dataset names another; finished blocks are kept in DESTINATION.lowbit-work until the end, for --resume. Ctrl-C stops behind
     the block that is worked on, with exit code 75.
     """
-    from lowbit.convert import calibrated, execute, known_calibration, open_source, plan_conversion
-    from lowbit.loaders import check_loader
     from lowbit.plan import Target
     from lowbit.plugins import installed
     from lowbit.staging import check_destination
 
-    registry = installed()
-    target = Target.parse(flags["format"], _dtype(flags["dtype"]))
+    registry, silent = installed(), quiet or as_json
+    formats, dtype = flags["format"].split(","), _dtype(flags["dtype"])
+    targets = {
+        name: Target.parse(text.strip(), dtype) for name, text in zip(folder_names(formats), formats, strict=True)
+    }
     recipe = _recipe(flags, registry)
-    if not dry_run:
-        check_destination(destination, flags["overwrite"])
+    if dry_run:
+        _show_dry_run(source, next(iter(targets.values())), recipe, flags, registry, as_json)
+        return
+    check_destination(destination, flags["overwrite"])
+    if len(targets) == 1:
+        (target,) = targets.values()
+        reports = {"": run(source, destination, target, recipe, flags, registry, silent)}
+    else:
+        reports = run_several(source, destination, targets, recipe, flags, registry, silent)
+    documents = [_report_json(report, destination / name) for name, report in reports.items()]
+    if as_json:
+        print_json(documents[0] if len(documents) == 1 else {"destination": str(destination), "formats": documents})
+    elif not quiet:
+        for name, report in reports.items():
+            _show_report(report, destination / name)
+
+
+def _show_dry_run(
+    source: Path, target: Target, recipe: Recipe, flags: dict[str, Any], registry: Registry, as_json: bool
+) -> None:
+    from lowbit.convert import known_calibration, open_source, plan_conversion
+
     with open_source(source, target, recipe, registry) as checkpoint:
         wishes = wishes_of(flags)
         known = known_calibration(checkpoint, registry, flags["imatrix"], wishes)
         plan = plan_conversion(checkpoint, target, recipe, registry, known, wishes)
-        if flags["loader"]:
-            verdict = check_loader(flags["loader"], target.format, plan.entries, plan.metadata, registry, flags["tp"])
-            for warning in verdict.warnings:
-                click.echo(f"Warning: {warning}.", err=True)
-        if dry_run:
-            _show_plan(plan, as_json)
-            return
-        shard_size = _shard_size(flags["shard_size"], plan, destination)
-        silent = quiet or as_json
-        with progress_bar(bar_bytes(plan, wishes, known), silent) as advance:
-
-            def progress(phase: str, step: Step) -> None:
-                size = {"calibrate": BLOCK_WORK * step.source.nbytes, "convert": step.source.nbytes}
-                advance(size.get(phase, step.target.nbytes), f"{phase} {step.name}")
-
-            def note(line: str) -> None:
-                if not silent:
-                    click.echo(line, err=True)
-
-            with calibrated(plan, checkpoint, destination, registry, known, wishes, note, progress) as finished:
-                overwrite = flags["overwrite"]
-                report = execute(
-                    plan, checkpoint, destination, registry, known, overwrite, shard_size, progress, finished
-                )
-    if lost := report.plan.exporter.left_out(destination, report.plan.metadata):
-        click.echo(f"Warning: {destination} has no place for {', '.join(lost)}; a folder as destination has.", err=True)
-    if as_json:
-        print_json(_report_json(report, destination))
-    elif not quiet:
-        _show_report(report, destination)
-
-
-def _shard_size(text: str | None, plan: Plan, destination: Path) -> int:
-    """Return the bytes of tensors in one file; raise OptionError where the destination is one file and would hold more."""
-    from lowbit.interfaces import DEFAULT_SHARD_SIZE
-
-    if text is None:
-        return DEFAULT_SHARD_SIZE
-    size, suffix = parse_size(text), plan.exporter.suffix
-    if suffix and destination.suffix == suffix and plan.nbytes > size:
-        raise OptionError(
-            f"{destination} is one file and would hold {plan.nbytes:,} bytes, more than --shard-size {text}; give a folder, "
-            f"such as {destination.with_suffix('')}, for several files"
-        )
-    return size
+        check(plan, target, flags, registry)
+        _show_plan(plan, as_json)
 
 
 def parse_size(text: str) -> int:
@@ -160,7 +145,7 @@ def _recipe(flags: dict[str, Any], registry: Registry) -> Recipe:
     from lowbit.options import parse_settings
     from lowbit.recipe import Recipe, Rule, parse_rules
 
-    given = {name: str(flags[name]) for name in ("bits", "group_size", "seed") if flags[name] is not None}
+    given = {name: str(flags[name]) for name in ("bits", "group_size", "recipe", "seed") if flags[name] is not None}
     if "seed" in given and seeds_samples_only(flags, registry):
         del given["seed"]
     settings = parse_settings(flags["settings"])
