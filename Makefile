@@ -21,7 +21,7 @@ types: $(READY)
 	$(RUN) -m mypy
 
 pytest: $(READY)
-	$(RUN) -m pytest -q -m "not network" --ignore=tests/oracles
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal -p no:benchmark -m "not network" --ignore=tests/oracles
 
 test-oracles: $(ORACLES)  ## checks against software that others wrote, on a real model
 	$(RUN) -m pytest -q tests/oracles

@@ -39,7 +39,11 @@ def left(tmp_path):
 def test_each_format_gets_a_folder_with_the_same_numbers(convert, tmp_path):
     code, said = convert(*QUANTIZED, "--format", "native,gptq,compressed-tensors", "--json")
     assert code == 0, said.err
-    assert [document["format"] for document in json.loads(said.out)["formats"]] == ["native", "gptq", "compressed-tensors"]
+    assert [document["format"] for document in json.loads(said.out)["formats"]] == [
+        "native",
+        "gptq",
+        "compressed-tensors",
+    ]
     assert left(tmp_path / "out") == ["compressed-tensors", "gptq", "native"]
     with installed().open(tmp_path / "out" / "native") as native:
         for other in ("gptq", "compressed-tensors"):

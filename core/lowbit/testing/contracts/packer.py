@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowbit.interfaces import Packer
 from lowbit.parts import TensorSpec
-from lowbit.scheme import Scheme
+from lowbit.scheme import Grid, Scheme
 from lowbit.tensors import PackedTensor, QuantizedTensor
 from lowbit.testing import samples, strategies
 from lowbit.testing.contracts.checks import (
@@ -112,6 +112,9 @@ class PackerContract:
         for scheme, shape in samples.REPRESENTATIVES:
             if (reason := packer.why_not(scheme, shape)) is not None:
                 assert_sentence(reason)
+            elif scheme.grid is Grid.AFFINE:  # a codebook may be the layout's own, which ``strategy`` knows
+                quantized = samples.quantized(scheme, shape)
+                assert_same_quantized(packer.unpack(packer.pack(quantized)), quantized, scheme.summary())
 
     def test_inputs_are_left_alone(self, packer: Packer, examples: Sequence[Example]) -> None:
         """Neither ``pack`` writes to parts nor ``unpack`` to buffers."""
