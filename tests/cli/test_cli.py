@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -163,7 +164,10 @@ def test_a_signal_leaves_the_destination_as_it_was(tmp_path, number):
     save_file({f"model.layers.{i}.mlp.up_proj.weight": weight.clone() for i in range(6)}, folder / "model.safetensors")
     settings = ["-q", "kbit", "--set", "scale=search", "--set", "codebook=learned"]
     command = [sys.executable, "-m", "lowbit", "convert", str(folder), str(tmp_path / "out"), *settings]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore SIGINT, and so would ours.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipes, preexec_fn=heard)  # noqa: PLW1509  # no threads here
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out*partial*")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
