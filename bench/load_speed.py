@@ -2,7 +2,7 @@
 
     python bench/load_speed.py [--rounds 5]
 
-Three models: SmolLM2 as it is, and synthetic ones shaped like Llamas of 1.1 and 2.9 billion weights, packed in 4 bits. Each round reads the files
+Two models: SmolLM2 as it is, and a synthetic one shaped like a Llama of 1.1 billion weights, packed in 4 bits. Each round reads the files
 into fresh memory, 16 MB at a time, and loads the model, in turn; the median of the ratios counts. Peak memory is the growth of
 the resident set over a load in a process that has done nothing else but a load of a tiny model. Writes ``bench/baselines/load_speed.json``.
 """
@@ -51,18 +51,13 @@ def main() -> None:
         )
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        tiny, synthetic, large, real = (Path(name) / part for part in ("tiny", "synthetic", "large", "smollm2"))
+        tiny, synthetic, real = (Path(name) / part for part in ("tiny", "synthetic", "smollm2"))
         write(tiny, 64, 128, 1, 256, 1)
         write(synthetic, HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, SHARDS)
-        write(large, 3072, 8192, 28, VOCABULARY, SHARDS)
         convert(smollm2(), real, Target("native"), lowbit.installed())
         figures = {
             title: measure(folder, arguments.rounds)
-            for title, folder in (
-                ("SmolLM2-135M", real),
-                ("Llama of 1.1 G weights", synthetic),
-                ("Llama of 2.9 G weights", large),
-            )
+            for title, folder in (("SmolLM2-135M", real), ("Llama of 1.1 G weights", synthetic))
         }
     document = {
         "date": time.strftime("%Y-%m-%d"),
