@@ -10,8 +10,8 @@ from torch import Tensor
 from lowbit import Calibration, QuantizedTensor, Scheme, dequantize
 from lowbit.calibration.block import Block
 from lowbit.errors import OptionError, WeightError
+from lowbit.importance import relative_importance
 from lowbit_autoround.activations import Runner, borrowed_weights, measure_importance
-from lowbit_autoround.importance import relative_importance
 from lowbit_autoround.options import AutoRoundOptions
 from lowbit_autoround.sparse_rows import sparse_rows
 from lowbit_autoround.starts import tuned_weight

@@ -12,11 +12,11 @@ from torch import Tensor
 from lowbit import Calibration, QuantizedTensor, Quantizer, ScaleFormat, Scheme
 from lowbit.calibration.block import Block
 from lowbit.grids import empty_parts
+from lowbit.importance import relative_importance
 from lowbit.scheme import Grid, Zero
 from lowbit.workers import map_ranges
 from lowbit_autoround import grids
 from lowbit_autoround.blocks import tune_block
-from lowbit_autoround.importance import relative_importance
 from lowbit_autoround.kquants import K_SCHEMES
 from lowbit_autoround.options import AutoRoundOptions
 from lowbit_autoround.starts import tuned_weight

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lowbit import Binary, BinaryForm, Calibration, QuantizedTensor, Quantizer, ScaleFormat, Scheme
-from lowbit.errors import WeightError
 from lowbit.grids import empty_parts
+from lowbit.importance import relative_importance
 from lowbit.scheme import Grid
 from lowbit.workers import map_ranges
 from lowbit_binary.options import BinaryOptions
@@ -23,7 +23,6 @@ T = TypeVar("T")
 PIECE = 1 << 18
 """Weights in a piece: eight float32 temporaries of it stay in a cache of 8 MB."""
 COLUMN_ROUNDS = 3
-LEAST_IMPORTANCE = 1e-4  # of the mean: an input that calibration never saw may still occur
 
 
 class BinaryQuantizer(Quantizer[BinaryOptions]):
@@ -64,7 +63,7 @@ class BinaryQuantizer(Quantizer[BinaryOptions]):
         Raises WeightError for NaN or infinity, and for a scale that ``scale_dtype`` cannot hold.
         """
         scheme, shape = self.scheme(options), (weight.shape[0], weight.shape[1])
-        importance = _importance(calibration, weight)
+        importance = relative_importance(calibration, weight, hessian=True)
         if options.form == "product":
             return QuantizedTensor(scheme, shape, factorize(weight, scheme, options, importance))
         work = _Sums(weight, scheme, importance)
@@ -159,19 +158,3 @@ class _Sums:
         weights = None if importance is None else importance.view(-1, span.size)
         scales = store(fit_scales(groups, self._binary.planes, weights), self._dtype)
         return nearest_signs(groups, scales.float()), scales
-
-
-def _importance(calibration: Calibration | None, weight: Tensor) -> Tensor | None:
-    """Return the importance of each column relative to the mean, float32 (in,) on the weight's device, if it was measured."""
-    if calibration is None:
-        return None
-    measured = calibration.importance
-    if measured is None and calibration.hessian is not None:
-        measured = calibration.hessian.diagonal()
-    if measured is None:
-        return None
-    measured = measured.to(weight.device, torch.float64)
-    assert measured.shape == weight.shape[1:], (measured.shape, weight.shape)
-    if not bool(torch.isfinite(measured).all()):
-        raise WeightError("has calibration inputs that are NaN or infinite; calibrate again in bfloat16 or float32")
-    return (measured / measured.mean().clamp_min(1e-30)).clamp_min(LEAST_IMPORTANCE).float()

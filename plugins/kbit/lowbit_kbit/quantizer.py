@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit import Calibration, QuantizedTensor, Quantizer, ScaleFormat, Scheme
-from lowbit.errors import WeightError
+from lowbit.importance import relative_importance
 from lowbit.parts import part_specs
 from lowbit.scheme import Grid
 from lowbit.workers import map_ranges
@@ -25,7 +25,6 @@ from lowbit_kbit.streams import MOST_CODES
 
 PIECE = 1 << 20
 SEARCH_PIECE = 1 << 19  # smaller pieces lose to the cost of calls, larger ones to the cache
-LEAST_IMPORTANCE = 1e-4  # of the mean: an input that calibration never saw may still occur
 
 
 class KbitQuantizer(Quantizer[KbitOptions]):
@@ -261,14 +260,3 @@ def scale_format(options: KbitOptions) -> ScaleFormat:
     """Return how the scales of these options are stored."""
     signed = options.scale_bits is not None and options.signed_scales
     return ScaleFormat(options.scale_dtype, options.scale_bits, signed=signed)
-
-
-def relative_importance(calibration: Calibration | None, weight: Tensor) -> Tensor | None:
-    """Return the importance of each column relative to the mean, float32 (in,) on the weight's device, if it was measured."""
-    if calibration is None or calibration.importance is None:
-        return None
-    measured = calibration.importance.to(weight.device, torch.float64)
-    assert measured.shape == weight.shape[1:], (measured.shape, weight.shape)
-    if not bool(torch.isfinite(measured).all()):
-        raise WeightError("has calibration inputs that are NaN or infinite; calibrate again in bfloat16 or float32")
-    return (measured / measured.mean().clamp_min(1e-30)).clamp_min(LEAST_IMPORTANCE).float()

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lowbit import Calibration, QuantizedTensor
 from lowbit.errors import OptionError
+from lowbit.importance import relative_importance
 from lowbit_kbit.options import KbitOptions
-from lowbit_kbit.quantizer import KbitQuantizer, choose_codebook, quantize_rows, relative_importance
+from lowbit_kbit.quantizer import KbitQuantizer, choose_codebook, quantize_rows
 
 _OF_ROWS = ("codes", "scales", "super_scales")
 
