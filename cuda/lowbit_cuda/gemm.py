@@ -87,14 +87,12 @@ class GemmShape:
 
     def program(self, capability: tuple[int, int]) -> KernelProgram:
         """Return the kernel to compile."""
-        include = self.format.decoder.include
-        defines = {
-            **self.format.defines(),
+        defines: dict[str, str | int] = {
             "LOWBIT_TOKENS": self.width,
             "LOWBIT_STAGES": self.stages(capability),
             "LOWBIT_TYPE": TYPES[self.dtype],
         }
-        return KernelProgram(KERNELS / "gemm.cu", "lowbit_gemm", defines, (include,) if include else ())
+        return self.format.program(KERNELS / "gemm.cu", "lowbit_gemm", defines)
 
 
 class Gemm:
@@ -160,9 +158,7 @@ class Dequantizer:
     @staticmethod
     def program(format: UnitFormat, dtype: torch.dtype) -> KernelProgram:
         """Return the kernel to compile."""
-        include = format.decoder.include
-        defines = {**format.defines(), "LOWBIT_TYPE": _OUTPUTS[dtype]}
-        return KernelProgram(KERNELS / "dequantize.cu", "lowbit_dequantize", defines, (include,) if include else ())
+        return format.program(KERNELS / "dequantize.cu", "lowbit_dequantize", {"LOWBIT_TYPE": _OUTPUTS[dtype]})
 
     def __call__(self, weights: Tensor, out: Tensor, zero: float = 0.0, codebook: Tensor | None = None) -> None:
         """Write the weight into contiguous ``out`` (out_features, in_features) on torch's current stream."""

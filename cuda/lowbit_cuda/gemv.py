@@ -102,9 +102,8 @@ class GemvShape:
 
     def program(self, capability: tuple[int, int]) -> KernelProgram:
         """Return the kernel to compile."""
-        split, include = self.split(capability), self.format.decoder.include
-        defines = {
-            **self.format.defines(),
+        split = self.split(capability)
+        defines: dict[str, str | int] = {
             "LOWBIT_TOKENS": self.width,
             "LOWBIT_WARPS": split.warps,
             "LOWBIT_UNITS": split.units,
@@ -114,7 +113,7 @@ class GemvShape:
             "LOWBIT_DEPENDENT": str(self.dependent).lower(),
             "LOWBIT_TYPE": TYPES[self.dtype],
         }
-        return KernelProgram(SOURCE, "lowbit_gemv", defines, (include,) if include else ())
+        return self.format.program(SOURCE, "lowbit_gemv", defines)
 
     def fixed_bytes(self, capability: tuple[int, int]) -> int:
         """Return the shared memory of the weight stream and the decoder's table."""

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lowbit_cuda.decoder import Decoder
+from lowbit_cuda.program import KernelProgram
 
 ROWS, COLUMNS = 16, 256
 GROUP_SIZES = (32, 64, 128, 256)
@@ -64,6 +67,11 @@ class UnitFormat:
             "LOWBIT_SCALE": _SCALES[self.scale_dtype],
             "LOWBIT_OFFSET": self.offset,
         }
+
+    def program(self, source: Path, entry: str, defines: Mapping[str, str | int]) -> KernelProgram:
+        """Return a kernel that reads these units; ``defines`` are its other macros."""
+        include = self.decoder.include
+        return KernelProgram(source, entry, {**self.defines(), **defines}, (include,) if include else ())
 
 
 def units_across(in_features: int) -> int:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowbit.cli.calibration import calibration_options, seeds_samples_only, wishes_of
+from lowbit.cli.calibration import calibration_options, seeds_samples_only
 from lowbit.cli.console import human_bytes, human_count, json_option, print_json, print_table
-from lowbit.cli.jobs import check, folder_names, run, run_several
+from lowbit.cli.jobs import folder_names, planned, run, run_several
 from lowbit.errors import OptionError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from lowbit.registry import Registry
 
 DTYPES = ("float32", "float16", "bfloat16")
-SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @click.command("convert", short_help="Quantize, or move codes to another format exactly.")
@@ -118,27 +117,8 @@ def convert_command(source: Path, destination: Path, as_json: bool, quiet: bool,
 def _show_dry_run(
     source: Path, target: Target, recipe: Recipe, flags: dict[str, Any], registry: Registry, as_json: bool
 ) -> None:
-    from lowbit.convert import known_calibration, open_source, plan_conversion
-
-    with open_source(source, target, recipe, registry) as checkpoint:
-        wishes = wishes_of(flags)
-        known = known_calibration(checkpoint, registry, flags["imatrix"], wishes)
-        plan = plan_conversion(checkpoint, target, recipe, registry, known, wishes)
-        check(plan, target, flags, registry)
+    with planned(source, target, recipe, flags, registry) as (_, plan, _, _):
         _show_plan(plan, as_json)
-
-
-def parse_size(text: str) -> int:
-    """Parse a size such as ``5GB``, ``200MB`` or a number of bytes; raises OptionError."""
-    number = text.strip().upper().rstrip("KMGB")
-    unit = text.strip().upper()[len(number) :]
-    try:
-        size = int(float(number) * SIZE_UNITS[unit])
-    except (KeyError, ValueError):
-        size = 0
-    if size <= 0:
-        raise OptionError(f"--shard-size must be a size such as 5GB or 200MB, got {text!r}")
-    return size
 
 
 def _recipe(flags: dict[str, Any], registry: Registry) -> Recipe:

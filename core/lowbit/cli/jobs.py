@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,33 @@ from lowbit.cli.console import progress_bar
 from lowbit.errors import OptionError
 
 if TYPE_CHECKING:
+    from lowbit.calibration.wishes import Wishes
     from lowbit.convert import Report
+    from lowbit.interfaces import Calibration, Checkpoint
     from lowbit.plan import Plan, Step, Target
     from lowbit.recipe import Recipe
     from lowbit.registry import Registry
 
+SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 NOT_COPIED = MappingProxyType(
     {"dataset": None, "statistics": None, "save_imatrix": None, "imatrix": None, "resume": False}
 )
 """What only the first of several formats needs: the others move its codes."""
+
+
+@contextmanager
+def planned(
+    source: Path, target: Target, recipe: Recipe, flags: Mapping[str, Any], registry: Registry
+) -> Iterator[tuple[Checkpoint, Plan, Mapping[str, Calibration], Wishes]]:
+    """Open a source and plan its conversion, checked for the loader of ``--for``; yields what is known and wished of calibration too."""
+    from lowbit.convert import known_calibration, open_source, plan_conversion
+
+    with open_source(source, target, recipe, registry) as checkpoint:
+        wishes = wishes_of(flags)
+        known = known_calibration(checkpoint, registry, flags["imatrix"], wishes)
+        plan = plan_conversion(checkpoint, target, recipe, registry, known, wishes)
+        check(plan, target, flags, registry)
+        yield checkpoint, plan, known, wishes
 
 
 def run(
@@ -37,15 +56,11 @@ def run(
     also: Sequence[Target] = (),
 ) -> Report:
     """Convert, as the flags say; ``work`` is whose work directory a calibrated job uses, ``also`` what must be able to follow."""
-    from lowbit.convert import calibrated, execute, known_calibration, open_source, plan_conversion
+    from lowbit.convert import calibrated, execute, plan_conversion
     from lowbit.plan import PlannedCheckpoint
     from lowbit.recipe import NOTHING
 
-    with open_source(source, target, recipe, registry) as checkpoint:
-        wishes = wishes_of(dict(flags))
-        known = known_calibration(checkpoint, registry, flags["imatrix"], wishes)
-        plan = plan_conversion(checkpoint, target, recipe, registry, known, wishes)
-        check(plan, target, flags, registry)
+    with planned(source, target, recipe, flags, registry) as (checkpoint, plan, known, wishes):
         for other in also:
             follow = plan_conversion(PlannedCheckpoint(source, plan), other, NOTHING, registry)
             check(follow, other, flags, registry)
@@ -119,7 +134,6 @@ def check(plan: Plan, target: Target, flags: Mapping[str, Any], registry: Regist
 
 def shard_bytes(text: str | None, plan: Plan, destination: Path) -> int:
     """Return the bytes of tensors in one file; raise OptionError where the destination is one file and would hold more."""
-    from lowbit.cli.convert import parse_size
     from lowbit.interfaces import DEFAULT_SHARD_SIZE
 
     if text is None:
@@ -130,4 +144,17 @@ def shard_bytes(text: str | None, plan: Plan, destination: Path) -> int:
             f"{destination} is one file and would hold {plan.nbytes:,} bytes, more than --shard-size {text}; give a folder, "
             f"such as {destination.with_suffix('')}, for several files"
         )
+    return size
+
+
+def parse_size(text: str) -> int:
+    """Parse a size such as ``5GB``, ``200MB`` or a number of bytes; raises OptionError."""
+    number = text.strip().upper().rstrip("KMGB")
+    unit = text.strip().upper()[len(number) :]
+    try:
+        size = int(float(number) * SIZE_UNITS[unit])
+    except (KeyError, ValueError):
+        size = 0
+    if size <= 0:
+        raise OptionError(f"--shard-size must be a size such as 5GB or 200MB, got {text!r}")
     return size
