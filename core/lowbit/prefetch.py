@@ -39,15 +39,16 @@ def prefetch(items: Iterable[T], ahead: int = 1) -> Generator[T]:
             put(_END)
 
     thread = threading.Thread(target=produce, name="lowbit-prefetch", daemon=True)
-    thread.start()
     try:
+        thread.start()
         while (item := line.get()) is not _END:
             if isinstance(item, _Failure):
                 raise item.error
             yield item  # type: ignore[misc]  # the queue carries T, failures and the end
     finally:
         stopped.set()
-        thread.join()
+        if thread.ident is not None:  # interrupted before it ran
+            thread.join()
 
 
 class _Failure:

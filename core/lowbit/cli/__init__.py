@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -57,10 +58,11 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        code = _interrupted()
-    except KeyboardInterrupt:
-        code = _interrupted()
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("Interrupted; the destination is as it was.", err=True)
+        _leave(EXIT_INTERRUPTED)
+    except TerminatedError:
+        _leave(EXIT_TERMINATED)
     except click.ClickException as error:
         error.show()
         code = error.exit_code
@@ -81,10 +83,16 @@ def _fail(sentence: str, reasons: Mapping[str, str]) -> int:
     return EXIT_ERROR
 
 
-def _interrupted() -> int:
-    click.echo("Interrupted; the destination is as it was.", err=True)
-    return EXIT_INTERRUPTED
+class TerminatedError(BaseException):
+    """Someone sent SIGTERM; an exception, so that temporary outputs are removed on the way out."""
 
 
 def _terminate(*_: Any) -> NoReturn:
-    sys.exit(EXIT_TERMINATED)  # an exception, so that temporary outputs are removed on the way out
+    raise TerminatedError
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: a signal may fall between a thread's start and the block that joins it, and Python's exit would abort under it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lowbit.calibration.block import Block
 from lowbit.errors import OptionError
 from lowbit.workers import map_ranges
+from lowbit_autoround.token_wise import TokenWise
 
 T = TypeVar("T")
 PIECE_TOKENS = 512
@@ -36,6 +37,7 @@ class Runner:
         on_cpu = self.device.type == "cpu"
         self._piece = max(1, PIECE_TOKENS // self.tokens) if on_cpu else batch_size
         self._inputs, self._targets = self._held(block.inputs), self._held(block.targets)
+        self._token_wise = TokenWise(block.module, [block.module.get_submodule(path) for path in block.linears.values()])
 
     def inputs(self, index: Sequence[int]) -> Tensor:
         """Return what the block receives for these samples, (len(index), seqlen, hidden) on the device."""
@@ -72,17 +74,24 @@ class Runner:
             return torch.autocast("cuda", torch.bfloat16)
         return nullcontext()
 
-    def squared_error(self, index: Sequence[int], counted: Tensor, trim: float) -> Tensor:
+    @contextmanager
+    def skipping(self) -> Iterator[None]:
+        """Let what treats tokens one by one skip those that do not count in ``squared_error``, where that is told to skip."""
+        with self.precision(), self._token_wise.skipping(self.block.forward, self.inputs([0])):
+            yield
+
+    def squared_error(self, index: Sequence[int], counted: Tensor, trim: float, skip: bool = False) -> Tensor:
         """Return the sum of squared output errors over some tokens, float32.
 
         Args:
             index: Samples.
             counted: Tokens that count, bool (len(index), seqlen) on the CPU.
             trim: Share of the errors of these tokens, the largest, that is left out.
+            skip: Whether to compute no more of the other tokens than these need.
         """
-        with self.precision():
+        tokens = counted.flatten().nonzero()[:, 0].to(self.device, non_blocking=True)
+        with self.precision(), self._token_wise.only(tokens if skip else None):
             output = self.block.forward(self.inputs(index))
-        tokens = counted.flatten().nonzero()[:, 0].to(self.device)
         targets = self.targets(index).flatten(0, 1)
         error = output.flatten(0, 1)[tokens].float() - targets[tokens].float()
         if trim and (dropped := int(trim * error.numel())):

@@ -13,7 +13,6 @@ from lowbit.errors import OptionError, WeightError
 from lowbit.importance import relative_importance
 from lowbit_autoround.activations import Runner, borrowed_weights, measure_importance
 from lowbit_autoround.options import AutoRoundOptions
-from lowbit_autoround.sparse_rows import sparse_rows
 from lowbit_autoround.starts import tuned_weight
 from lowbit_autoround.tuned_weight import TunedWeight
 from lowbit_autoround.tuner import NotFiniteError, Schedule, Tuner, checked_samples
@@ -46,8 +45,7 @@ def tune_block(
     with torch.inference_mode(False), torch.no_grad():
         runner = Runner(block, schedule.batch_size)
         started = _starts(runner, weights, options, schemes, calibration, schedule)
-        linears = [block.module.get_submodule(block.linears[name]) for name in shapes if name in block.linears]
-        with borrowed_weights(block, shapes) as parameters, sparse_rows(linears):
+        with borrowed_weights(block, shapes) as parameters:
             for name in shapes.keys() - weights.keys():
                 parameters[name].data.copy_(dequantize(rounded[name]))
                 parameters[name].requires_grad_(False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -96,6 +97,7 @@ class Tuner:
         self._runner, self._weights, self._schedule = runner, weights, schedule
         self._parameters = {name: parameters[name] for name in weights}
         self._checked = checked_samples(runner.block.samples, schedule.batch_size)
+        self._skips = schedule.tokens < 1
 
     def run(self, tune_scales: Mapping[str, bool]) -> Outcome:
         """Tune, and return the best state. Raises NotFiniteError when a loss is NaN or infinite."""
@@ -106,14 +108,15 @@ class Tuner:
         checks = {max(1, round(share * schedule.iters)) for share in CHECKS}
         seed = crc32(f"{schedule.seed}:{self._runner.block.name}".encode())
         batches = Batches(self._runner.block.samples, schedule.batch_size * schedule.accumulate, seed)
-        for step in range(schedule.iters):
-            gradients = self._gradients(batches, step)
-            for name, gradient in gradients.items():
-                self._weights[name].learn(gradient, 1 - step / schedule.iters, tune_scales[name])
-            del gradients
-            self._decode()
-            if step + 1 in checks and (loss := self._check(step + 1)) < after:
-                best, after, best_step = self._parts(), loss, step + 1
+        with self._runner.skipping() if self._skips else nullcontext():
+            for step in range(schedule.iters):
+                gradients = self._gradients(batches, step)
+                for name, gradient in gradients.items():
+                    self._weights[name].learn(gradient, 1 - step / schedule.iters, tune_scales[name])
+                del gradients
+                self._decode()
+                if step + 1 in checks and (loss := self._check(step + 1)) < after:
+                    best, after, best_step = self._parts(), loss, step + 1
         return Outcome(best, before, after, best_step)
 
     def _decode(self) -> None:
@@ -136,7 +139,7 @@ class Tuner:
         def work(piece: Sequence[int]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
             tokens = torch.stack([chosen[sample] for sample in piece])
             with torch.enable_grad():
-                loss = self._runner.squared_error(piece, tokens, self._schedule.trim) * gain
+                loss = self._runner.squared_error(piece, tokens, self._schedule.trim, skip=self._skips) * gain
                 return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
 
         total: list[Tensor | None] = [None] * len(parameters)
