@@ -29,6 +29,10 @@ WEIGHTS = [  # decoder, group, scales, offsets, columns, rows
     (CODEBOOK[3], 64, FLOAT, "CONSTANT", 4096, 1024),
     (CODEBOOK[3], 64, HALF, "CONSTANT", 14336, 500),
     (CODEBOOK[2], 64, HALF, "CONSTANT", 4096, 1024),
+    (CODEBOOK[5], 64, HALF, "CONSTANT", 4096, 1024),
+    (CODEBOOK[6], 32, FLOAT, "CONSTANT", 576, 100),
+    (CODEBOOK[7], 128, HALF, "CONSTANT", 2048, 250),
+    (CODEBOOK[8], 64, HALF, "CONSTANT", 1088, 130),
 ]
 
 

@@ -100,6 +100,20 @@ def _pairs(bits: int) -> Places:
     return places
 
 
+def _singles(bits: int) -> Places:
+    """Single codes in order, as many as fit in a word; the last of a chunk lie in what is left of its words."""
+    each, spare = 32 // bits, 32 % bits
+
+    def places(fragment: int, register: int, code: int) -> list[Place]:
+        number = 2 * (4 * fragment + register) + code
+        if number < each * bits:
+            return _run(number // each, bits * (number % each), bits)
+        first = bits * (number - each * bits)
+        return [(bit // spare, each * bits + bit % spare) for bit in range(first, first + bits)]
+
+    return places
+
+
 _TABLES = {1: _one_bit, 2: _two_bits, 3: _three_bits, 4: _four_bits, 5: _split(5), 6: _split(6), 8: _eight_bits}
 
 AFFINE: Mapping[int, Decoder] = MappingProxyType(
@@ -110,14 +124,16 @@ AFFINE: Mapping[int, Decoder] = MappingProxyType(
 )
 """Integer codes by their bits."""
 
-CODEBOOK: Mapping[int, Decoder] = MappingProxyType(
-    {
-        bits: Decoder(
-            f"lowbit::CodebookDecoder<{bits}>", "lowbit/codebook.cuh", bits, _pairs(bits), False, 128 << (2 * bits)
-        )
-        for bits in (2, 3, 4)
-    }
-)
+
+def _codebook(bits: int) -> Decoder:
+    if bits <= 4:
+        name, places, table = "CodebookDecoder", _pairs(bits), 128 << 2 * bits
+    else:
+        name, places, table = "WideCodebookDecoder", _singles(bits), 128 << bits
+    return Decoder(f"lowbit::{name}<{bits}>", "lowbit/codebook.cuh", bits, places, False, table)
+
+
+CODEBOOK: Mapping[int, Decoder] = MappingProxyType({bits: _codebook(bits) for bits in range(2, 9)})
 """Codebook indices by their bits."""
 
 

@@ -1,4 +1,4 @@
-"""The bridge to lowbit: the kernel ``cuda-units``, which serves every layout of affine codes and of small codebooks on NVIDIA GPUs.
+"""The bridge to lowbit: the kernel ``cuda-units``, which serves every layout of affine codes and of codebooks on NVIDIA GPUs.
 
 The only module here that imports core. A weight of any layout is unpacked once, at load, on the GPU, and put into units; then
 
@@ -40,7 +40,7 @@ def lowbit_register_kernels(register: Callable[[Kernel], None]) -> None:
 
 
 class UnitsKernel(Kernel):
-    """Affine codes of 1 to 8 bits and codebooks of 2 to 4, whatever the layout; sums in float32, one rounding of the result.
+    """Affine codes of 1 to 8 bits and codebooks of 2 to 8, whatever the layout; sums in float32, one rounding of the result.
 
     Prepared weights are units (``include/lowbit/unit.cuh``) and, for codebooks, the entries. float32 activations are multiplied by
     the dequantized weight.
@@ -152,7 +152,7 @@ def _why_not_scheme(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     if scheme.grid not in (Grid.AFFINE, Grid.CODEBOOK) or scheme.vector > 1:
         return f"decodes affine codes and codebooks of single weights, not {scheme.summary()}"
     if scheme.grid is Grid.CODEBOOK and scheme.bits not in CODEBOOK:
-        return f"decodes codebooks of {', '.join(map(str, CODEBOOK))} bits, not of {scheme.bits}"
+        return f"decodes codebooks of {min(CODEBOOK)} to {max(CODEBOOK)} bits, not of {scheme.bits}"
     if scheme.permutation or scheme.rotation or scheme.outliers or scheme.flat:
         return f"takes groups of neighbours and no add-ons, not {scheme.summary()}"
     if scheme.scales.two_level and scheme.scales.across is Across.ROWS:

@@ -46,6 +46,8 @@ def integers(bits, words):
 
 def indices(bits, words):
     """The same for ``codebook.cuh``."""
+    if bits > 4:
+        return wide_indices(bits, words)
     each, fields = 32 // (2 * bits), []
     for number in range(16):
         if bits == 3 and number == 15:
@@ -54,6 +56,16 @@ def indices(bits, words):
             fields.append(words[number // each] >> 2 * bits * (number % each) & (1 << 2 * bits) - 1)
     pairs = [(field & (1 << bits) - 1, field >> bits) for field in fields]
     return [pairs[4 * m : 4 * m + 4] for m in range(4)]
+
+
+def wide_indices(bits, words):
+    """Single codes, and those of the spare bits."""
+    each = 32 // bits
+    rest = sum(word >> each * bits << 32 % bits * i for i, word in enumerate(words))
+    codes = [words[number // each] >> bits * (number % each) for number in range(each * bits)]
+    codes += [rest >> bits * number for number in range(32 - each * bits)]
+    codes = [code & (1 << bits) - 1 for code in codes]
+    return [[tuple(codes[2 * (4 * m + r) : 2 * (4 * m + r) + 2]) for r in range(4)] for m in range(4)]
 
 
 @pytest.mark.parametrize("decoder", [*AFFINE.values(), *CODEBOOK.values()], ids=lambda decoder: decoder.name)

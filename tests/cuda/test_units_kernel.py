@@ -24,7 +24,7 @@ HALF = ScaleFormat("float16")
 SCHEMES = {
     "plain": [
         *(Scheme(Grid.AFFINE, bits, 128, scales=HALF) for bits in range(1, 9)),
-        *(Scheme(Grid.CODEBOOK, bits, 64, scales=HALF) for bits in (2, 3, 4)),
+        *(Scheme(Grid.CODEBOOK, bits, 64, scales=HALF) for bits in range(2, 9)),
         Scheme(Grid.AFFINE, 4, 32, Zero.FLOAT, ScaleFormat("bfloat16")),
         Scheme(Grid.AFFINE, 3, None, Zero.INTEGER, ScaleFormat("float32")),
     ],
@@ -108,7 +108,7 @@ def test_layers_train_capture_and_compile(tokens, dtype):
     ("scheme", "words"),
     [
         (Scheme(Grid.AFFINE, 4, 48), "multiples of 32"),
-        (Scheme(Grid.CODEBOOK, 6, 64), "codebooks of 2, 3, 4 bits"),
+        (Scheme(Grid.CODEBOOK, 9, 64), "codebooks of 2 to 8 bits"),
         (Scheme(Grid.AFFINE, 4, 128, permutation=True), "no add-ons"),
         (Scheme(Grid.AFFINE, 4, 128, flat=True), "no add-ons"),
     ],

@@ -1,4 +1,4 @@
-// Decoders of codebook indices of 2, 3 and 4 bits: a table of pairs in shared memory, one load for two weights.
+// Decoders of codebook indices. 2, 3 and 4 bits: a table of pairs in shared memory, one load for two weights.
 //
 // Two neighbouring columns are one index of 2 * BITS bits into a table of 2^(2 * BITS) pairs of fp16 entries. The table stands
 // there 32 times, once in every bank, so that the 32 lanes of a load never meet (a random index into a single copy runs at a third
@@ -10,6 +10,14 @@
 //   2 bits, word i = fragments 2i, 2i+1:       [ a7 | ... | a1 | a0 ]                  4 bits each, a4..a7 of fragment 2i + 1
 //   3 bits, word i (0..2):              [ two spare bits | f4 | f3 | f2 | f1 | f0 ]    6 bits each
 //            registers 5i .. 5i + 4 of the 16 in order (4 * fragment + register), spare bits of word i = bits 2i, 2i + 1 of the last
+//
+// 5 to 8 bits: pairs would not fit, so the table has an entry for each code, again once in every bank (4, 8, 16 and 32 KB), and two
+// weights are two loads and a PRMT: twice the loads of 4 bits, with 1.25 to 2 times the bytes to wait for.
+//
+//   code number 2 * (4 * fragment + register) + column of a chunk; 6, 5, 4 and 4 of them to a word, from the lowest bit on. The
+//   last 2, 2, 4 and 0 codes of a chunk lie in what is left of the words (2, 2, 4 and 0 bits), their lowest bits in the first.
+//
+//   5 bits, word i (0..4):   [ two bits of c31 c30 | c(6i + 5) | ... | c(6i) ]
 #pragma once
 #include <lowbit/primitives.cuh>
 
@@ -58,6 +66,56 @@ struct CodebookDecoder {
   static __device__ __forceinline__ int2 codes(const uint32_t* words, int m, int r) {
     const uint32_t index = offset(words, 4 * m + r, 0u) >> 7;
     return make_int2(index & ((1 << BITS) - 1), index >> BITS);
+  }
+};
+
+template <int Bits>
+struct WideCodebookDecoder {
+  static_assert(Bits >= 5 && Bits <= 8, "narrower codes are looked up in pairs");
+  static constexpr int BITS = Bits, ENTRIES = 1 << BITS, EACH = 32 / BITS, SPARE = 32 - EACH * BITS, WHOLE = EACH * BITS;
+  static constexpr bool INTEGER = false;
+  static constexpr int TABLE_BYTES = ENTRIES * 128;
+
+  static __device__ constexpr int position(int, int) { return 0; }
+
+  // Fill the table, all threads of the block together; the caller synchronizes.
+  static __device__ __forceinline__ void prepare(char* table, const float* codebook) {
+    for (int i = threadIdx.x; i < ENTRIES * 8; i += blockDim.x) {
+      const __half2 twice = __float2half2_rn(codebook[i >> 3]);
+      const uint32_t bits = *reinterpret_cast<const uint32_t*>(&twice);
+      reinterpret_cast<uint4*>(table)[i] = make_uint4(bits, bits, bits, bits);
+    }
+  }
+
+  // Code `number` (0..31) of a chunk times 128, with the lane's part: where its entry lies. `number` is a constant of unrolled loops.
+  static __device__ __forceinline__ uint32_t offset(const uint32_t* words, int number, uint32_t lane4) {
+    constexpr uint32_t mask = static_cast<uint32_t>(ENTRIES - 1) << 7;
+    if (number >= WHOLE) {
+      uint32_t rest = 0;  // the spare bits of all words together
+#pragma unroll
+      for (int i = 0; i < BITS; ++i) rest |= words[i] >> WHOLE << SPARE * i;
+      return moved(rest, BITS * (number - WHOLE)) & mask | lane4;
+    }
+    return moved(words[number / EACH], BITS * (number % EACH)) & mask | lane4;
+  }
+  // The bits from `place` on, at bit 7.
+  static __device__ __forceinline__ uint32_t moved(uint32_t word, int place) {
+    return place <= 7 ? word << (7 - place) : word >> (place - 7);
+  }
+
+  static __device__ __forceinline__ void decode(const uint32_t* words, uint32_t (&a)[4][4], const Table& table) {
+#pragma unroll
+    for (int number = 0; number < 16; ++number) {
+      uint32_t even, odd;
+      asm("ld.shared.u32 %0, [%1];" : "=r"(even) : "r"(table.address + offset(words, 2 * number, table.lane)));
+      asm("ld.shared.u32 %0, [%1];" : "=r"(odd) : "r"(table.address + offset(words, 2 * number + 1, table.lane)));
+      a[number / 4][number % 4] = __byte_perm(even, odd, 0x5410);
+    }
+  }
+
+  static __device__ __forceinline__ int2 codes(const uint32_t* words, int m, int r) {
+    const int number = 2 * (4 * m + r);
+    return make_int2(offset(words, number, 0u) >> 7, offset(words, number + 1, 0u) >> 7);
   }
 };
 
