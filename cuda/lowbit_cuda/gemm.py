@@ -24,7 +24,7 @@ WIDTHS = (16, 32, 64)
 ROWS, WARPS = 256, 16
 """Rows of W and warps of a block: as in ``gemm.cuh``."""
 _DEQUANTIZE_WARPS = 8
-_OUTPUTS = {**TYPES, torch.float32: "float"}
+OUTPUTS = {**TYPES, torch.float32: "float"}
 BFLOAT16_POWER = 6
 """bf16 activations are multiplied by 2**-6 before they become fp16: |x| up to 4 million stays finite."""
 
@@ -158,7 +158,7 @@ class Dequantizer:
     @staticmethod
     def program(format: UnitFormat, dtype: torch.dtype) -> KernelProgram:
         """Return the kernel to compile."""
-        return format.program(KERNELS / "dequantize.cu", "lowbit_dequantize", {"LOWBIT_TYPE": _OUTPUTS[dtype]})
+        return format.program(KERNELS / "dequantize.cu", "lowbit_dequantize", {"LOWBIT_TYPE": OUTPUTS[dtype]})
 
     def __call__(self, weights: Tensor, out: Tensor, zero: float = 0.0, codebook: Tensor | None = None) -> None:
         """Write the weight into contiguous ``out`` (out_features, in_features) on torch's current stream."""
