@@ -84,3 +84,25 @@ def assert_close(found, x, weight, bias):
     error = (found.double() - expected).abs()
     assert bool((error <= bound).all()), f"{float((error / bound).max())} times the bound"
     assert float(error.norm() / expected.norm()) < eps  # the bound is loose for the sums; this is not
+
+
+def read_units(format, units, rows, columns):
+    """Return codes uint8 (rows, columns), and scales and offsets float32 of the same shape, from the drawing of unit.cuh."""
+    tiles, across, bits = units.shape[0], units.shape[1], format.decoder.bits
+    words = units[..., : 512 * bits].contiguous().view(torch.int32).view(tiles, across, bits, 32, 4)
+    words = words.transpose(2, 3).reshape(tiles, across, 32, 4, bits)  # (tile, unit, lane, chunk, word)
+    codes = torch.zeros(16 * tiles, 256 * across, dtype=torch.uint8, device=units.device)
+    lane, view = torch.arange(32, device=units.device), codes.view(tiles, 16, across, 4, 64)  # of (.., chunk, column)
+    for fragment, register, code in ((m, r, c) for m in range(4) for r in range(4) for c in range(2)):
+        places = format.decoder.places(fragment, register, code)
+        found = sum((words[..., word] >> place & 1) << bit for bit, (word, place) in enumerate(places))
+        row = lane // 4 + 8 * (register % 2)
+        column = 32 * (fragment // 2) + 8 * (lane % 4) + 4 * (fragment % 2) + 2 * (register // 2) + code
+        view[:, row, :, :, column] = found.permute(2, 0, 1, 3).to(torch.uint8)
+    kept = units[..., 512 * bits :].contiguous().view(format.scale_dtype).float()
+    kept = kept.view(tiles, across, -1, 8, format.groups, 2)  # (tile, unit, scales or offsets, g, group, row half)
+    column = torch.arange(256, device=units.device)
+    group = column // 32 * 2 + column % 8 // 4 if format.group_size == 16 else column // format.group_size
+    spread = kept.permute(2, 0, 5, 3, 1, 4)[..., group].reshape(kept.shape[2], 16 * tiles, 256 * across)
+    scales, offsets = spread[0], spread[1] if len(spread) > 1 else None
+    return codes[:rows, :columns], scales[:rows, :columns], None if offsets is None else offsets[:rows, :columns]

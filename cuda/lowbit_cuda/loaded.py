@@ -38,7 +38,7 @@ class LoadedKernel:
             except Exception as error:  # cuda.core raises its own type, with the driver's name of the fault in the text
                 raise explain(error, self.name) from error
 
-    def __call__(self, blocks: int, threads: int, *arguments: Argument) -> None:
+    def __call__(self, blocks: int | tuple[int, ...], threads: int, *arguments: Argument) -> None:
         """Launch on torch's current stream. Raises CudaError for a tensor elsewhere, or with what the driver says."""
         values = [self._value(argument) for argument in arguments]
         with torch.cuda.device(self.index):

@@ -6,6 +6,8 @@ The only module here that imports core. A weight of any layout is unpacked once,
     1 to 16        ``Gemv``: limited by reading the codes
     17 to 64       ``Gemm``: tensor cores, the work cut evenly
     more           ``Dequantizer``, then cuBLAS
+
+Units may hold the columns in another order (``columns.py``): then rows of x are gathered first. Outliers are added last.
 """
 
 from __future__ import annotations
@@ -20,17 +22,22 @@ from torch.nn import functional
 from lowbit import Kernel, hookimpl
 from lowbit.grids import decode_scales
 from lowbit.interfaces import MatmulProblem, Packer
-from lowbit.parts import TensorSpec, part_specs
+from lowbit.parts import TensorSpec
 from lowbit.scheme import Across, Grid, Scheme, Zero
 from lowbit.tensors import PackedSpec, PackedTensor, QuantizedTensor
 from lowbit_cuda.available import capability_reason, why_not_cuda
+from lowbit_cuda.columns import column_order, gather, unit_group, why_not_groups
 from lowbit_cuda.decoder import CODEBOOK, affine_decoder
 from lowbit_cuda.gemm import Dequantizer, Gemm, GemmShape, row_blocks
 from lowbit_cuda.gemv import TYPES, Gemv, GemvShape
-from lowbit_cuda.units import COLUMNS, GROUP_SIZES, UnitFormat, pack_units, row_tiles, units_across
+from lowbit_cuda.outliers import OutlierMatrix
+from lowbit_cuda.scatter import write_scattered
+from lowbit_cuda.units import UnitFormat, pack_units
 
 LAYOUT = "cuda-units"
 _GEMV_ROWS, _GEMM_ROWS = 16, 64
+_WIDTHS = (1, 8, 16, 32, 64)
+_OUTLIERS = ("outlier_rows", "outlier_columns", "outlier_values")
 
 
 @hookimpl
@@ -42,8 +49,8 @@ def lowbit_register_kernels(register: Callable[[Kernel], None]) -> None:
 class UnitsKernel(Kernel):
     """Affine codes of 1 to 8 bits and codebooks of 2 to 8, whatever the layout; sums in float32, one rounding of the result.
 
-    Prepared weights are units (``include/lowbit/unit.cuh``) and, for codebooks, the entries. float32 activations are multiplied by
-    the dequantized weight.
+    Prepared weights are units (``include/lowbit/unit.cuh``) and what goes with them: the entries of a codebook, the columns of the
+    units where these are not the weight's own, outliers. float32 activations are multiplied by the dequantized weight.
 
     Args:
         packers: Where ``prepare`` finds the packer of a layout; by default those of the installed plugins.
@@ -65,7 +72,7 @@ class UnitsKernel(Kernel):
         return self._packers
 
     def why_not(self, problem: MatmulProblem) -> str | None:
-        """Refuse other devices, unknown layouts, other grids, add-ons, and groups that no unit holds."""
+        """Refuse other devices, unknown layouts, other grids, rotations, and groups that no unit holds."""
         if problem.device != "cuda":
             return f"runs on NVIDIA GPUs, not on {problem.device}"
         if problem.layout not in self.packers:
@@ -83,63 +90,94 @@ class UnitsKernel(Kernel):
         if packed.layout == LAYOUT:
             return packed
         quantized = self.packers[packed.layout].unpack(packed)
-        scheme, shape = packed.scheme, packed.shape
-        format = unit_format(scheme, shape)
-        buffers = {"units": pack_units(format, quantized.parts["codes"], *_scales_and_offsets(quantized, format))}
-        buffers["arrived"] = torch.zeros(row_blocks(shape[0]), dtype=torch.int32, device=buffers["units"].device)
+        scheme, shape, parts = packed.scheme, packed.shape, quantized.parts
+        format, codes = unit_format(scheme, shape), parts["codes"]
+        order = column_order(scheme.group_size, shape[1], parts.get("group_index"), codes.device)
+        scales, offsets = _scales_and_offsets(quantized, format, order.groups)
+        buffers = {"units": pack_units(format, gather(codes, order.source), scales, offsets)}
+        buffers["arrived"] = torch.zeros(row_blocks(shape[0]), dtype=torch.int32, device=codes.device)
+        if order.source is not None:
+            buffers["source"] = order.source.int()
         if scheme.grid is Grid.CODEBOOK:
-            buffers["codebook"] = quantized.parts["codebook"].reshape(-1).clone()
-        return PackedTensor(PackedSpec(LAYOUT, scheme, shape, _specs(scheme, shape, format)), buffers)
+            buffers["codebook"] = parts["codebook"].reshape(-1).clone()
+        if scheme.outliers:
+            buffers |= {name: parts[name].clone() for name in _OUTLIERS}
+        specs = {name: TensorSpec.of(buffer) for name, buffer in buffers.items()}
+        return PackedTensor(PackedSpec(LAYOUT, scheme, shape, specs), buffers)
 
     def dequantize(self, packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Compute in float32, as the reference does, then round once."""
         prepared = self.prepare(packed)
         if dtype not in (*TYPES, torch.float32):
             return self.dequantize(prepared).to(dtype)
-        units = prepared.buffers["units"]
-        out = torch.empty(prepared.shape, dtype=dtype, device=units.device)
-        with torch.cuda.device(units.device):
-            format = unit_format(prepared.scheme, prepared.shape)
-            _dequantizer(units.device.index, format, dtype)(
-                units, out, _zero(prepared.scheme), prepared.buffers.get("codebook")
-            )
-        return out
+        if prepared.scheme.outliers:  # the sum is rounded, not its parts
+            return _add_outliers(_dense(prepared, torch.float32), prepared).to(dtype)
+        return _dense(prepared, dtype)
 
     def matmul(self, x: Tensor, packed: PackedTensor, bias: Tensor | None = None) -> Tensor:
         """Choose by the number of rows of x."""
         prepared = self.prepare(packed)
         (rows, columns), tokens = prepared.shape, x.numel() // prepared.shape[1]
-        if x.dtype not in TYPES or not 0 < tokens <= _GEMM_ROWS or columns % 8:
+        if x.dtype not in TYPES or not tokens:
             return functional.linear(x, self.dequantize(prepared, x.dtype), bias)
-        flat = _aligned(x.reshape(-1, columns))
-        out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
-        bias = bias.to(x.dtype).contiguous() if bias is not None else None
-        with torch.cuda.device(x.device):
-            self._launch(flat, prepared, out, bias)
-        return out.reshape(*x.shape[:-1], rows)
+        if tokens <= _GEMM_ROWS:
+            flat = x.reshape(-1, columns)
+            out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+            with torch.cuda.device(x.device):
+                if _multiply(flat, prepared, out, bias.to(x.dtype).contiguous() if bias is not None else None):
+                    return out.reshape(*x.shape[:-1], rows)
+        return functional.linear(x, _add_outliers(_dense(prepared, x.dtype), prepared), bias)
 
-    def _launch(self, x: Tensor, prepared: PackedTensor, out: Tensor, bias: Tensor | None) -> None:
-        format, buffers = unit_format(prepared.scheme, prepared.shape), prepared.buffers
-        (rows, columns), zero, codebook = prepared.shape, _zero(prepared.scheme), buffers.get("codebook")
-        index, tokens = x.device.index, x.shape[0]
-        if tokens <= _GEMV_ROWS:
-            width = 1 if tokens == 1 else 8 if tokens <= 8 else _GEMV_ROWS
-            if gemv := _gemv(index, GemvShape(format, columns, rows, width, x.dtype, _dependent(index))):
-                gemv(buffers["units"], x, out, bias, zero, codebook)
-                return
-        width = 32 if tokens <= 32 else _GEMM_ROWS
-        if gemm := _gemm(index, GemmShape(format, columns, rows, width, x.dtype)):
-            gemm(buffers["units"], x, out, buffers["arrived"], bias, zero, codebook)
+
+def _multiply(x: Tensor, prepared: PackedTensor, out: Tensor, bias: Tensor | None) -> bool:
+    """Write the product with the dense part, and add that with the outliers; False when no kernel has room for this shape."""
+    buffers, source = prepared.buffers, prepared.buffers.get("source")
+    gathered = _aligned(gather(x, source))
+    (index, rows, tokens), columns = (x.device.index, *out.shape[::-1]), gathered.shape[1]
+    format, given = unit_format(prepared.scheme, prepared.shape), (_zero(prepared.scheme), buffers.get("codebook"))
+    width = next(width for width in _WIDTHS if tokens <= width)
+    gemv = gemm = None
+    if tokens <= _GEMV_ROWS:
+        gemv = _gemv(index, GemvShape(format, columns, rows, width, x.dtype, _dependent(index)))
+    if gemv is None:
+        gemm = _gemm(index, GemmShape(format, columns, rows, max(width, 32), x.dtype))
+    if gemv is not None:
+        gemv(buffers["units"], gathered, out, bias, *given)
+    elif gemm is not None:
+        gemm(buffers["units"], gathered, out, buffers["arrived"], bias, *given)
+    else:
+        return False
+    if outliers := _outliers(prepared):
+        outliers.add_product(x if x.stride(1) == 1 else x.contiguous(), out)
+    return True
+
+
+def _dense(prepared: PackedTensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight without its outliers."""
+    format, buffers, zero = unit_format(prepared.scheme, prepared.shape), prepared.buffers, _zero(prepared.scheme)
+    units, source, codebook = buffers["units"], buffers.get("source"), buffers.get("codebook")
+    out = torch.empty(prepared.shape, dtype=dtype, device=units.device)
+    with torch.cuda.device(units.device):
+        if source is not None:
+            write_scattered(format, units, source, out, zero, codebook)
         else:
-            torch.mm(x, self.dequantize(prepared, x.dtype).T, out=out)
-            if bias is not None:
-                out += bias
+            _dequantizer(units.device.index, format, dtype)(units, out, zero, codebook)
+    return out
+
+
+def _outliers(prepared: PackedTensor) -> OutlierMatrix | None:
+    return OutlierMatrix(*(prepared.buffers[name] for name in _OUTLIERS)) if prepared.scheme.outliers else None
+
+
+def _add_outliers(weight: Tensor, prepared: PackedTensor) -> Tensor:
+    if outliers := _outliers(prepared):
+        outliers.add_to(weight)
+    return weight
 
 
 def unit_format(scheme: Scheme, shape: tuple[int, int]) -> UnitFormat:
     """Return the units of a weight; call only when the kernel does not refuse its scheme."""
-    group = _unit_group(scheme, shape)
-    assert group is not None
+    group = unit_group(scheme.group_size, shape[1])
     single = not scheme.scales.two_level and scheme.scales.dtype == "float16"
     if scheme.grid is Grid.CODEBOOK:
         return UnitFormat(CODEBOOK[scheme.bits], group, torch.float16 if single else torch.float32)
@@ -153,25 +191,18 @@ def _why_not_scheme(scheme: Scheme, shape: tuple[int, int]) -> str | None:
         return f"decodes affine codes and codebooks of single weights, not {scheme.summary()}"
     if scheme.grid is Grid.CODEBOOK and scheme.bits not in CODEBOOK:
         return f"decodes codebooks of {min(CODEBOOK)} to {max(CODEBOOK)} bits, not of {scheme.bits}"
-    if scheme.permutation or scheme.rotation or scheme.outliers or scheme.flat:
-        return f"takes groups of neighbours and no add-ons, not {scheme.summary()}"
+    if scheme.rotation:
+        return f"does not rotate, and the scheme is {scheme.summary()}"
+    if scheme.flat and shape[1] % (scheme.group_size or shape[1]):
+        return f"takes groups inside rows: those of {scheme.group_size} cross rows of {shape[1]}"
     if scheme.scales.two_level and scheme.scales.across is Across.ROWS:
         return f"takes scales of single rows, not {scheme.summary()}"
-    if _unit_group(scheme, shape) is None:
-        return f"takes groups in multiples of {min(GROUP_SIZES)}, not of {scheme.group_size}"
-    return None
+    return why_not_groups(scheme.group_size)
 
 
-def _unit_group(scheme: Scheme, shape: tuple[int, int]) -> int | None:
-    """Return the largest group of units that lies inside the scheme's groups."""
-    if scheme.group_size is None or scheme.group_size >= shape[1]:
-        return COLUMNS
-    return next((size for size in sorted(GROUP_SIZES, reverse=True) if scheme.group_size % size == 0), None)
-
-
-def _scales_and_offsets(quantized: QuantizedTensor, format: UnitFormat) -> tuple[Tensor, Tensor | None]:
-    """Return scales and offsets (out, groups of the units), as the format stores them."""
-    scheme, columns = quantized.scheme, quantized.shape[1]
+def _scales_and_offsets(quantized: QuantizedTensor, format: UnitFormat, groups: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return scales and offsets (out, groups of the units), as the format stores them; ``groups``: the scheme's group of each."""
+    scheme = quantized.scheme
     scales, offsets = decode_scales(quantized), None
     if scheme.zero is Zero.INTEGER:
         offsets = quantized.parts["zeros"].float()
@@ -179,21 +210,14 @@ def _scales_and_offsets(quantized: QuantizedTensor, format: UnitFormat) -> tuple
         offsets = decode_scales(quantized, "minimums")
     elif scheme.zero is Zero.FLOAT:
         offsets = -scales * decode_scales(quantized, "zeros")
-    length = scheme.group_size or columns
-    first = (
-        torch.arange(0, columns, format.group_size, device=scales.device) // length
-    )  # the scheme's group of each of ours
-    scales = scales[:, first].to(format.scale_dtype)
-    return scales, None if offsets is None else offsets[:, first].to(format.scale_dtype)
 
+    def stored(values: Tensor) -> Tensor:
+        if scheme.flat:  # one row of groups for the whole weight; without a group_size one for all
+            values = values.reshape(-1, 1) if scheme.group_size is None else values.reshape(quantized.shape[0], -1)
+            values = values.expand(quantized.shape[0], -1)
+        return values[:, groups].to(format.scale_dtype)
 
-def _specs(scheme: Scheme, shape: tuple[int, int], format: UnitFormat) -> dict[str, TensorSpec]:
-    units = TensorSpec(torch.uint8, (row_tiles(shape[0]), units_across(shape[1]), format.nbytes))
-    specs = {"units": units, "arrived": TensorSpec(torch.int32, (row_blocks(shape[0]),))}
-    if scheme.grid is Grid.CODEBOOK:
-        (entries, _) = part_specs(scheme, shape)["codebook"].shape
-        specs["codebook"] = TensorSpec(torch.float32, (entries,))
-    return specs
+    return stored(scales), None if offsets is None else stored(offsets)
 
 
 def _zero(scheme: Scheme) -> float:

@@ -10,7 +10,9 @@ from lowbit_cuda.arch import capability_of
 from lowbit_cuda.decoder import AFFINE, CODEBOOK
 from lowbit_cuda.gemm import Dequantizer, GemmShape
 from lowbit_cuda.gemv import GemvShape
+from lowbit_cuda.outliers import outlier_program
 from lowbit_cuda.program import KernelProgram
+from lowbit_cuda.scatter import scatter_program
 from lowbit_cuda.units import UnitFormat
 
 COLUMNS = 4096
@@ -18,7 +20,10 @@ COLUMNS = 4096
 
 
 def programs(arch: str) -> Sequence[KernelProgram]:
-    """Return products of one row, eight and 64, and the dequantizer, for every decoder, in groups of 128, as far as ``arch`` has room."""
+    """Return products of one row, eight and 64, and the dequantizer, for every decoder, in groups of 128, as far as ``arch`` has room.
+
+    And what serves groups of 16, act-order and outliers, once each.
+    """
     capability, found = capability_of(arch), []
     for decoder in (*AFFINE.values(), *CODEBOOK.values()):
         format = UnitFormat(decoder, 128)
@@ -29,4 +34,10 @@ def programs(arch: str) -> Sequence[KernelProgram]:
         )
         found += [shape.program(capability) for shape in shapes if shape.why_not(capability) is None]
         found.append(Dequantizer.program(format, torch.float16))
+    sixteens = UnitFormat(AFFINE[4], 16)
+    shape = GemvShape(sixteens, COLUMNS, COLUMNS)
+    found += [shape.program(capability)] if shape.why_not(capability) is None else []
+    found.append(scatter_program(sixteens, torch.float16))
+    for entry in ("lowbit_outlier_product", "lowbit_outlier_add"):
+        found.append(outlier_program(entry, torch.float16, torch.int16, torch.float16))
     return found

@@ -16,7 +16,7 @@ from lowbit_cuda.decoder import Decoder
 from lowbit_cuda.program import KernelProgram
 
 ROWS, COLUMNS = 16, 256
-GROUP_SIZES = (32, 64, 128, 256)
+GROUP_SIZES = (16, 32, 64, 128, 256)
 OFFSETS = ("CONSTANT", "ZEROS", "MINIMUMS")
 """One zero for all groups; a zero for each: ``w = s * (q - z)``; a minimum for each: ``w = s * q + m``."""
 _SCALES = {torch.float16: "__half", torch.float32: "float"}
@@ -28,7 +28,7 @@ class UnitFormat:
 
     Attributes:
         decoder: Reads the codes.
-        group_size: Columns that share a scale: 32, 64, 128 or 256.
+        group_size: Columns that share a scale: 16, 32, 64, 128 or 256; 16 takes columns in the order of ``columns.py``.
         scale_dtype: float16 or float32, of scales and offsets.
         offset: One of ``OFFSETS``; a codebook has none, which is CONSTANT.
     """

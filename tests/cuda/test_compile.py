@@ -11,7 +11,9 @@ from lowbit_cuda.decoder import AFFINE, CODEBOOK
 from lowbit_cuda.errors import KernelBuildError
 from lowbit_cuda.gemm import Dequantizer, GemmShape
 from lowbit_cuda.gemv import SOURCE, GemvShape
+from lowbit_cuda.outliers import outlier_program
 from lowbit_cuda.program import KernelProgram, compile_text
+from lowbit_cuda.scatter import scatter_program
 from lowbit_cuda.units import UnitFormat
 
 HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -23,6 +25,7 @@ SHAPES = [
     GemvShape(PLAIN[0], 4096, 4096, 16),
     *(GemmShape(format, 4096, 4096, tokens) for tokens, format in zip((16, 32, 64), (PLAIN[1], *OTHERS), strict=True)),
     GemmShape(UnitFormat(CODEBOOK[4], 64), 4096, 4096, 32, BF16),
+    *(shape(UnitFormat(AFFINE[4], 16, HALF, "ZEROS"), 4096, 4096, 8) for shape in (GemvShape, GemmShape)),
 ]
 
 
@@ -48,6 +51,18 @@ def test_products_compile(shape, arch):
 @pytest.mark.parametrize("format", [*PLAIN[:2], *OTHERS, PLAIN[-1]], ids=lambda format: format.decoder.name)
 def test_dequantize_compiles(format, dtype, arch):
     assert len(Dequantizer.program(format, dtype).compile(arch).code) > 1000
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_scattered_weights_and_outliers_compile(arch):
+    programs = [
+        scatter_program(UnitFormat(AFFINE[6], 16, FLOAT, "MINIMUMS"), BF16),
+        scatter_program(UnitFormat(CODEBOOK[5], 64), FLOAT),
+        outlier_program("lowbit_outlier_product", BF16, torch.int16, HALF),
+        outlier_program("lowbit_outlier_add", FLOAT, torch.int32, FLOAT),
+    ]
+    for program in programs:
+        assert len(program.compile(arch).code) > 1000
 
 
 def test_the_cache_serves_the_same_bytes_and_notices_another_define(tmp_path, monkeypatch):

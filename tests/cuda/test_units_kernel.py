@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from unit_problems import read_units
 
 import lowbit.plugins
 import lowbit_formats.auto_round
 import lowbit_formats.awq
+import lowbit_formats.bitsandbytes
 import lowbit_formats.compressed_tensors
 import lowbit_formats.gguf
 import lowbit_formats.gptq
@@ -15,10 +17,12 @@ import lowbit_formats.hqq
 import lowbit_formats.mlx
 import lowbit_formats.plain
 from lowbit import Grid, MatmulProblem, QuantLinear, ScaleFormat, Scheme, Zero
+from lowbit.kernels import ReferenceKernel
+from lowbit.scheme import Outliers, Rotation
 from lowbit.testing import KernelContract, samples
 from lowbit_cuda.plugin import UnitsKernel, unit_format
 
-FORMATS = ("auto_round", "awq", "compressed_tensors", "gguf", "gptq", "hqq", "mlx", "plain")
+FORMATS = ("auto_round", "awq", "bitsandbytes", "compressed_tensors", "gguf", "gptq", "hqq", "mlx", "plain")
 REGISTRY = lowbit.plugins.registry(*(getattr(lowbit_formats, name) for name in FORMATS))
 HALF = ScaleFormat("float16")
 SCHEMES = {
@@ -27,14 +31,39 @@ SCHEMES = {
         *(Scheme(Grid.CODEBOOK, bits, 64, scales=HALF) for bits in range(2, 9)),
         Scheme(Grid.AFFINE, 4, 32, Zero.FLOAT, ScaleFormat("bfloat16")),
         Scheme(Grid.AFFINE, 3, None, Zero.INTEGER, ScaleFormat("float32")),
+        # groups of 16, groups that are filled up, act-order, outliers, flat groups that end with rows
+        *(Scheme(Grid.AFFINE, 4, group, scales=HALF) for group in (16, 24, 48, 100, None)),
+        Scheme(Grid.AFFINE, 3, 16, Zero.INTEGER, HALF),
+        Scheme(Grid.AFFINE, 2, 16, Zero.MINIMUM, ScaleFormat(bits=4, super_group=16)),
+        Scheme(Grid.CODEBOOK, 4, 16, scales=HALF),
+        Scheme(Grid.AFFINE, 4, 64, Zero.INTEGER, HALF, permutation=True),
+        Scheme(Grid.AFFINE, 4, 16, scales=HALF, permutation=True),
+        Scheme(Grid.AFFINE, 4, 128, scales=HALF, outliers=Outliers(0.01)),
+        Scheme(Grid.CODEBOOK, 3, 64, scales=HALF, outliers=Outliers(0.005, "float32")),
+        Scheme(Grid.AFFINE, 3, 32, Zero.INTEGER, HALF, outliers=Outliers(0.01, "bfloat16"), permutation=True),
+        Scheme(Grid.CODEBOOK, 4, 64, flat=True, scales=ScaleFormat("float32")),
+        Scheme(Grid.CODEBOOK, 5, flat=True, scales=ScaleFormat("float32")),
     ],
-    "gptq": [Scheme(Grid.AFFINE, 4, 128, scales=HALF), Scheme(Grid.AFFINE, 3, 32, scales=HALF)],
+    "gptq": [
+        Scheme(Grid.AFFINE, 4, 128, scales=HALF),
+        Scheme(Grid.AFFINE, 3, 32, scales=HALF),
+        Scheme(Grid.AFFINE, 4, 128, scales=HALF, permutation=True),
+    ],
     "gptq_v2": [Scheme(Grid.AFFINE, 4, 64, Zero.INTEGER, HALF)],
     "awq-gemm": [Scheme(Grid.AFFINE, 4, 128, Zero.INTEGER, HALF)],
     "ct-pack": [Scheme(Grid.AFFINE, 4, 128, scales=HALF)],
     "mlx-affine": [Scheme(Grid.AFFINE, 4, 64, Zero.MINIMUM, HALF)],
 }
 SHAPES = ((96, 512), (64, 1024))
+ODD_SHAPES = ((37, 200), (5, 99), (130, 392))
+ODD_SCHEMES = [
+    Scheme(Grid.AFFINE, 4, 128, scales=HALF),
+    Scheme(Grid.AFFINE, 3, 16, Zero.INTEGER, HALF),
+    Scheme(Grid.AFFINE, 8, None, scales=HALF),
+    Scheme(Grid.AFFINE, 4, 32, scales=HALF, outliers=Outliers(0.01), permutation=True),
+    Scheme(Grid.CODEBOOK, 3, 64, scales=HALF),
+    Scheme(Grid.CODEBOOK, 6, 24, scales=HALF),
+]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
@@ -62,7 +91,10 @@ class TestUnitsKernel(KernelContract):
     @pytest.fixture
     def examples(self, kernel, packer):
         if packer.layout in SCHEMES:
-            return [(scheme, shape) for scheme in SCHEMES[packer.layout] for shape in SHAPES]
+            odd = (
+                [(scheme, shape) for scheme in ODD_SCHEMES for shape in ODD_SHAPES] if packer.layout == "plain" else []
+            )
+            return [(scheme, shape) for scheme in SCHEMES[packer.layout] for shape in SHAPES] + odd
         return [
             (scheme, (64, 512))
             for scheme, _ in samples.REPRESENTATIVES
@@ -73,6 +105,11 @@ class TestUnitsKernel(KernelContract):
     def tolerance(self):
         """Weights become fp16 twice in products of 17 to 64 rows when scales are float32: the scale's product, and the minimum's."""
         return 2.0
+
+    @pytest.mark.parametrize("batch", [8, 9, 16, 17, 32, 64, 65, 129])
+    def test_more_rows(self, kernel, reference, problems, tolerance, batch):
+        """The last row of each kernel and the first of the next, beside the contract's 0, 1, 3, 7, 33."""
+        self.test_matmul_agrees_with_the_reference(kernel, reference, problems, tolerance, batch, True)
 
 
 @pytest.mark.cuda
@@ -107,10 +144,10 @@ def test_layers_train_capture_and_compile(tokens, dtype):
 @pytest.mark.parametrize(
     ("scheme", "words"),
     [
-        (Scheme(Grid.AFFINE, 4, 48), "multiples of 32"),
+        (Scheme(Grid.AFFINE, 4, 12), "groups of 16 columns or more, not of 12"),
         (Scheme(Grid.CODEBOOK, 9, 64), "codebooks of 2 to 8 bits"),
-        (Scheme(Grid.AFFINE, 4, 128, permutation=True), "no add-ons"),
-        (Scheme(Grid.AFFINE, 4, 128, flat=True), "no add-ons"),
+        (Scheme(Grid.AFFINE, 4, 128, rotation=Rotation(128)), "does not rotate"),
+        (Scheme(Grid.AFFINE, 4, 384, flat=True), "cross rows of 512"),
     ],
 )
 def test_what_it_cannot_decode_is_refused(scheme, words):
@@ -125,11 +162,47 @@ def test_other_devices_and_dtypes_are_refused():
 
 
 def test_units_prepared_on_a_cpu_are_those_of_the_format():
-    """Everything but the launch runs without a GPU: groups of 512 become two groups of 256, a row scale one for each 256."""
+    """Everything but the launch runs without a GPU: groups of 512 become two of 256, groups of 24 are filled up to 32."""
     kernel = UnitsKernel(REGISTRY.packers)
-    for group, unit_group in ((512, 256), (None, 256), (96, 32), (64, 64)):
+    for group, unit_group, columns in (
+        *((512, 256, 1536), (None, 256, 1536), (96, 32, 1536), (64, 64, 1536), (16, 16, 1536)),
+        *((24, 32, 2048), (100, 16, 1792)),
+    ):
         scheme = Scheme(Grid.AFFINE, 4, group, scales=HALF)
         prepared = kernel.prepare(REGISTRY.packers["plain"].pack(samples.quantized(scheme, (40, 1536))))
         assert unit_format(scheme, (40, 1536)).group_size == unit_group
         assert kernel.prepare(prepared) is prepared
-        assert prepared.buffers["units"].shape == prepared.spec.buffers["units"].shape
+        assert prepared.buffers["units"].shape == (3, columns // 256, unit_format(scheme, (40, 1536)).nbytes)
+
+
+ON_A_CPU = [
+    *((layout, scheme, (40, 512)) for layout, schemes in SCHEMES.items() for scheme in schemes),
+    *(("plain", scheme, shape) for scheme in ODD_SCHEMES for shape in ODD_SHAPES),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "scheme", "shape"), ON_A_CPU, ids=lambda value: value.summary() if isinstance(value, Scheme) else None
+)
+def test_units_hold_the_weight(layout, scheme, shape):
+    """What kernels will read, read slowly: codes, scales, order of columns and outliers make up the reference's weight."""
+    packed = REGISTRY.packers[layout].pack(samples.quantized(scheme, shape, 1))
+    prepared = UnitsKernel(REGISTRY.packers).prepare(packed)
+    format, buffers = unit_format(scheme, shape), prepared.buffers
+    source = buffers.get("source", torch.arange(shape[1]))
+    codes, scales, offsets = read_units(format, buffers["units"], shape[0], len(source))
+    codes = codes.float()
+    if "codebook" in buffers:
+        found = buffers["codebook"][codes.long()] * scales
+    elif format.offset == "MINIMUMS":
+        found = codes * scales + offsets
+    else:
+        found = (codes - (scheme.midpoint if offsets is None else offsets)) * scales
+    weight = torch.zeros(shape[0], shape[1] + 1).index_add_(1, source.long(), found)[:, :-1]
+    if scheme.outliers:
+        crow, column, value = (buffers[name] for name in ("outlier_rows", "outlier_columns", "outlier_values"))
+        row = torch.arange(shape[0]).repeat_interleave(crow.diff())
+        weight.index_put_((row, column.long()), value.float(), accumulate=True)
+    expected = ReferenceKernel(REGISTRY.packers[layout]).dequantize(packed)
+    scale_rounds = scheme.zero in (Zero.FLOAT,) and format.offset == "MINIMUMS"  # s * (q - z) became s * q - s * z
+    torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6 if scale_rounds else 0)
