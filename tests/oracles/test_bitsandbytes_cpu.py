@@ -154,6 +154,40 @@ def test_a_quantizer_s_codes_are_read_and_no_worse_than_theirs(quant_type, scale
     assert report.error.max_abs == float((found - weight).abs().max())
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(640, 130), (33, 77)], ids=["six blocks of scales", "one short block"])
+def test_double_quantization_is_theirs_for_the_same_offset(quant_type, shape, tmp_path):
+    """lowbit convert -q kbit --format bitsandbytes:TYPE-double. Their offset, a float32 sum, may end in another last bit."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    weight *= torch.linspace(0.01, 2, shape[0])[:, None]  # scales of very different size
+    save_file({f"{NAME}.weight": weight}, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    convert(source, out, Target("bitsandbytes", f"{quant_type}-double"), installed(), Recipe(Rule("*", "kbit", {})))
+    stored = load_file(out / "model.safetensors")
+    parts = {name.removeprefix(f"{NAME}.weight."): tensor for name, tensor in stored.items() if ".weight." in name}
+    state = functional.QuantState.from_dict(dict(parts), torch.device("cpu"))
+    assert state.nested
+    packed, own = functional.quantize_4bit(weight, blocksize=64, quant_type=quant_type, compress_statistics=True)
+    found = functional.dequantize_4bit(stored[f"{NAME}.weight"], state)
+    with installed().open(out) as checkpoint:
+        assert torch.equal(floats(checkpoint, f"{NAME}.weight", installed()), found)
+    assert torch.allclose(state.offset, own.offset, rtol=2e-7, atol=0)
+    _, plain = functional.quantize_4bit(weight, blocksize=64, quant_type=quant_type, compress_statistics=False)
+    codes, nested = functional.quantize_blockwise(plain.absmax - state.offset, blocksize=256)
+    assert torch.equal(state.state2.code, nested.code)
+    assert torch.equal(state.state2.absmax, nested.absmax)
+    assert torch.equal(state.absmax, codes)
+    theirs_differ = stored[f"{NAME}.weight"] != packed
+    assert (
+        theirs_differ.float().mean() < 1e-3
+    )  # only where a weight lies on a midpoint, and their CPU code is one with 1/x
+    assert (found - weight).square().mean() <= (
+        functional.dequantize_4bit(packed, own) - weight
+    ).square().mean() * 1.001
+
+
 def quantized_by_them(tensor, kind, double, folder):
     packed, state = functional.quantize_4bit(tensor, blocksize=64, quant_type=kind, compress_statistics=double)
     tensors = {f"{NAME}.weight": packed}

@@ -62,6 +62,13 @@ class KbitOptions:
         default=False,
         metadata={"help": "groups run over the weight row after row and may cross rows, as those of bitsandbytes do"},
     )
+    nested: bool = field(
+        default=False,
+        metadata={
+            "help": "scales become bytes of a table, a float32 for every 256 and one offset: double quantization as in bitsandbytes; "
+            "goes with flat and scale_dtype=float32"
+        },
+    )
     seed: int = field(
         default=0, metadata={"help": "chooses the groups that a learned codebook is fitted to, and stochastic codes"}
     )
@@ -79,6 +86,11 @@ class KbitOptions:
             _check_range("scale_bits", self.scale_bits, *SCALE_BITS, also=", or none for a float each")
         if self.flat and (self.scale_bits is not None or self.group_size is None):
             raise OptionError("kbit option flat goes with a group_size and a float for each scale (scale_bits=none)")
+        if self.nested and not (self.flat and self.scale_dtype == "float32"):
+            raise OptionError(
+                f"kbit option nested goes with flat=true and scale_dtype=float32, got flat={str(self.flat).lower()} and "
+                f"scale_dtype={self.scale_dtype}"
+            )
         if (self.codebook == "user") != (self.entries is not None):
             raise OptionError(
                 f"kbit option entries goes with codebook=user, got codebook={self.codebook} and entries={self.entries}"

@@ -18,6 +18,7 @@ from lowbit_kbit.arithmetic import absmax, check_finite, reciprocals, second_lev
 from lowbit_kbit.codebooks import fixed_codebook, is_antisymmetric
 from lowbit_kbit.encoders import Encoder, make_encoder
 from lowbit_kbit.learned import learn_codebook
+from lowbit_kbit.nested import NESTED, nest
 from lowbit_kbit.options import KbitOptions, user_entries
 from lowbit_kbit.rounding import stochastic_codes
 from lowbit_kbit.search import candidate_factors, search_scales
@@ -35,12 +36,16 @@ class KbitQuantizer(Quantizer[KbitOptions]):
 
     def scheme(self, options: KbitOptions) -> Scheme:
         """Return a codebook scheme; the options were checked when they were made."""
-        return Scheme(Grid.CODEBOOK, options.bits, options.group_size, scales=scale_format(options), flat=options.flat)
+        scales = NESTED if options.nested else scale_format(options)
+        return Scheme(Grid.CODEBOOK, options.bits, options.group_size, scales=scales, flat=options.flat)
 
     def fit(self, options: KbitOptions, scheme: Scheme) -> KbitOptions | None:
-        """Return options for ``scheme``, with scales in one level."""
-        fitted = super().fit(options, scheme)
-        return replace(fitted, flat=scheme.flat, scale_bits=None) if fitted and not scheme.scales.two_level else None
+        """Return options for ``scheme``, with scales in one level, or nested in flat groups; None for other levels."""
+        nested = scheme.flat and scheme.scales == NESTED
+        if scheme.scales.two_level and not nested:
+            return None
+        fitted = super().fit(replace(options, nested=False, flat=False, scale_bits=None), scheme)
+        return replace(fitted, flat=scheme.flat, nested=nested) if fitted else None
 
     def codebook(self, options: KbitOptions) -> Tensor | None:
         """Return the entries where they are not fitted to the data: float32 (2**bits, 1)."""
@@ -83,7 +88,9 @@ class KbitQuantizer(Quantizer[KbitOptions]):
 
     def finish(self, parts: dict[str, Tensor], options: KbitOptions, shape: tuple[int, int]) -> QuantizedTensor:
         """Return the tensor of parts that were made row by row: flat groups in one row, entries in the order they were given."""
-        if options.flat:
+        if options.nested:
+            parts |= nest(parts["scales"])
+        elif options.flat:
             parts["scales"] = parts["scales"].view(1, -1)
         return QuantizedTensor(self.scheme(options), shape, _in_given_order(parts, options))
 
@@ -257,6 +264,6 @@ class _Work:
 
 
 def scale_format(options: KbitOptions) -> ScaleFormat:
-    """Return how the scales of these options are stored."""
+    """Return how the scales of these options are stored before they are nested."""
     signed = options.scale_bits is not None and options.signed_scales
     return ScaleFormat(options.scale_dtype, options.scale_bits, signed=signed)

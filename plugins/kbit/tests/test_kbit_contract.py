@@ -13,6 +13,7 @@ CHOICES = {
     "fp4-signed-bfloat16": KbitOptions(codebook="fp", scale="signed", scale_dtype="bfloat16"),
     "int2-search-row": KbitOptions(bits=2, group_size=None, codebook="int", scale="search"),
     "learned2-search": KbitOptions(bits=2, group_size=128, codebook="learned", scale="search", candidates=5),
+    "nf4-nested": KbitOptions(codebook="nf", scale="absmax", scale_dtype="float32", flat=True, nested=True),
     "learned8-g16": KbitOptions(bits=8, group_size=16, codebook="learned", scale="absmax"),
 }
 

@@ -7,6 +7,7 @@ import torch
 
 from lowbit import Grid, ScaleFormat, Scheme, dequantize
 from lowbit.errors import OptionError
+from lowbit_kbit.nested import NESTED, dynamic_table, nest
 from lowbit_kbit.options import KbitOptions
 from lowbit_kbit.quantizer import KbitQuantizer
 
@@ -54,6 +55,44 @@ def test_a_codebook_of_its_own_stays_and_a_foreign_one_is_checked():
     assert QUANTIZER.with_codebook(options, TABLE * 2) is None
     assert QUANTIZER.with_codebook(replace(options, bits=4), TABLE) is None
     assert QUANTIZER.fit(options, replace(FLAT, scales=ScaleFormat(bits=8, super_group=256))) is None
+    assert QUANTIZER.fit(options, replace(FLAT, scales=NESTED, flat=False)) is None
+
+
+@pytest.mark.parametrize("shape", [(640, 130), (5, 77)], ids=["six blocks of scales", "one short block"])
+def test_nested_scales_change_the_scales_and_no_codes(shape):
+    options = QUANTIZER.fit(KbitOptions(bits=3, codebook="nf", group_size=None), replace(FLAT, scales=NESTED))
+    plain, w = replace(options, nested=False), weight(*shape)
+    found, float32 = QUANTIZER.quantize(w, options), QUANTIZER.quantize(w, plain)
+    assert found.scheme == replace(FLAT, scales=NESTED)
+    assert torch.equal(found.parts["codes"], float32.parts["codes"])
+    scales, parts = float32.parts["scales"].flatten(), found.parts
+    tops = parts["super_scales"].flatten().repeat_interleave(256)[: len(scales)]
+    decoded = parts["scales_codebook"][parts["scales"].int().flatten()] * tops + parts["scales_offset"]
+    gaps = parts["scales_codebook"].diff()
+    assert ((decoded - scales).abs() <= gaps.max() / 2 * tops * 1.0001).all()
+    assert float(parts["scales_offset"]) == float(scales.double().mean().float())
+
+
+def test_equal_scales_nest_to_the_offset():
+    parts = nest(torch.full((1, 300), 0.5))
+    assert parts["super_scales"].tolist() == [[0, 0]]
+    assert dynamic_table()[parts["scales"].int()].abs().max() == 0
+    assert float(parts["scales_offset"]) == 0.5
+
+
+def test_the_table_rises_from_below_minus_one_to_one():
+    table = dynamic_table()
+    assert len(table) == 256
+    assert (table.diff() > 0).all()
+    assert 0 in table
+    assert table.max() == 1
+    assert -1 < table.min() < -0.99
+
+
+@pytest.mark.parametrize("changes", [{}, {"flat": True}, {"scale_dtype": "float32"}])
+def test_nested_scales_are_flat_and_float32(changes):
+    with pytest.raises(OptionError, match="nested goes with flat=true and scale_dtype=float32"):
+        KbitOptions(nested=True, **changes)
 
 
 @pytest.mark.parametrize("changes", [{"scale_bits": 8}, {"group_size": None}])
