@@ -17,12 +17,14 @@ class Block(ABC):
             linears while it works and must leave the module as it found it.
         linears: The weights to be quantized: name of the tensor in the checkpoint -> path of its linear layer in ``module``.
         samples: Number of calibration sequences, all of one length.
+        resident: Whether all activations are on the module's device: to read them costs next to nothing.
     """
 
     name: str
     module: nn.Module
     linears: Mapping[str, str]
     samples: int
+    resident: bool = False
 
     @abstractmethod
     def inputs(self, index: Sequence[int]) -> Tensor:

@@ -47,9 +47,9 @@ def embed(skeleton: Skeleton, tokens: Tensor, batch_size: int, file: Path | None
     """Return the inputs of the first block for ``tokens`` (samples, seqlen), kept in ``file`` when one is given."""
     with _embedding(skeleton):
         first = _first_states(skeleton, tokens[:1])
-        chain = Chain.make((len(tokens), tokens.shape[1], first.shape[-1]), first.dtype, file)
+        chain = Chain.make((len(tokens), tokens.shape[1], first.shape[-1]), first.dtype, file, skeleton.device)
         for start in range(0, len(tokens), batch_size):
-            chain.states[start : start + batch_size] = _first_states(skeleton, tokens[start : start + batch_size]).cpu()
+            chain.states[start : start + batch_size] = _first_states(skeleton, tokens[start : start + batch_size])
     return chain
 
 

@@ -23,6 +23,7 @@ from lowbit.errors import OptionError
 DEFAULT = "default"
 NSAMPLES, SEQLEN, SEED = 128, 2048, 42
 """As AutoRound and GPTQ calibrate."""
+FILE_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".parquet")
 TEXT_KEYS, CHAT_KEYS = ("text", "content"), ("messages", "conversations", "conversation")
 
 
@@ -175,6 +176,8 @@ def _parquet(path: Path) -> Sequence[Any]:
 
 def _named(source: str) -> Sequence[Any]:
     """Load the training part of a Hugging Face data set."""
+    if Path(source).suffix in FILE_SUFFIXES:
+        raise OptionError(f"--dataset {source} is no file; give one that is there, or the name of a data set")
     if find_spec("datasets") is None:
         raise OptionError(
             f"--dataset {source} is no file, and names of data sets need the datasets package; give a text, .jsonl or .parquet "

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from lowbit.work import finish
 
 COMMIT_SHARE = 0.1
 """Activations of large models take seconds to write: they are, as soon as that is at most this share of the time since last."""
+DISK_RATE = 1e9
+"""Bytes a second: what writing activations is taken to cost before it was measured."""
 Note = Callable[[str], None]
 Done = Callable[[str, Step], None]
 
@@ -112,28 +115,50 @@ class Job:
         if work.done == len(blocks):
             return
         chains = work.chains(self.skeleton.device, self.wishes.offload) if work.done else self.runner.start()
-        began, cost = time.monotonic(), 0.0
-        with stoppable(self.note) as stopping:
-            for block in self.runner.run(chains, work.done):
-                finished = self._pack(block)
-                work.add(finished, block.calibration if self.wishes.records else {})
+        began, cost = time.monotonic(), chains.nbytes / DISK_RATE
+        with stoppable(self.note) as stopping, self._packing() as pack:
+            for number, block in enumerate(self.runner.run(chains, work.done), work.done + 1):
+                packed = pack(block)
                 now = time.monotonic()
-                if stopping() or work.added == len(blocks) or cost <= COMMIT_SHARE * (now - began):
+                if stopping() or number == len(blocks) or cost <= COMMIT_SHARE * (now - began):
+                    packed.result()
+                    now = time.monotonic()
                     work.commit(chains)
                     began = time.monotonic()
                     cost = began - now
-                self._tell(block, finished)
-                if stopping() and work.done == work.added:
+                if stopping() and work.done == number:
                     raise PausedError(
                         f"stopped behind {block.name}, {work.done} of {len(blocks)} blocks are finished; the same command with "
                         "--resume goes on"
                     )
 
-    def _pack(self, block: Finished) -> dict[str, Result]:
-        return {
+    @contextmanager
+    def _packing(self) -> Iterator[Callable[[Finished], Future[None]]]:
+        """Yield what packs and keeps a block: beside the work on the next one where that is on a GPU, one block at a time."""
+        beside = self.skeleton.device.type != "cpu" and not self.wishes.offload
+        last: Future[None] = Future()
+        last.set_result(None)
+        with ThreadPoolExecutor(1, "lowbit-pack") as packer:
+
+            def pack(block: Finished) -> Future[None]:
+                nonlocal last
+                last.result()
+                if beside:
+                    last = packer.submit(self._pack, block)
+                else:
+                    self._pack(block)
+                return last
+
+            yield pack
+            last.result()
+
+    def _pack(self, block: Finished) -> None:
+        finished = {
             name: _finish(self.steps[name], block.weights[name], quantized)
             for name, quantized in block.quantized.items()
         }
+        self.work.add(finished, block.calibration if self.wishes.records else {})
+        self._tell(block, finished)
 
     def _tell(self, block: Finished, finished: Mapping[str, Result]) -> None:
         if finished:

@@ -52,6 +52,7 @@ class CapturedBlock(Block):
         assert chains.quantized is not None
         self._inputs, self._targets, self._device = chains.quantized, chains.floating, chains.device
         self.samples = len(self._inputs.states)
+        self.resident = all(chain.states.device == chains.device for chain in (self._inputs, self._targets))
 
     def inputs(self, index: Sequence[int]) -> Tensor:
         """Return the quantized model's hidden states before the block."""
@@ -87,6 +88,11 @@ class Chains:
     floating: Chain
     quantized: Chain | None
     device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all activations."""
+        return sum(chain.states.nbytes for chain in (self.floating, self.quantized) if chain is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +135,7 @@ class BlockRunner:
     def start(self) -> Chains:
         """Return the chains before the first block."""
         floating = embed(self.skeleton, self.tokens, self.batch_size, self._file("float", 0))
-        quantized = floating.copy(self._file("quantized", 0)) if self.carries else None
+        quantized = floating.copy(self._file("quantized", 0), self.skeleton.device) if self.carries else None
         return Chains(floating, quantized, self.skeleton.device)
 
     @property
@@ -179,7 +185,7 @@ class BlockRunner:
             block = None
             if any("block_inputs" in self._needs(weight) for weight in names):
                 block = CapturedBlock(visit, names, chains, self.note)
-            placed = {weight: weights[weight].to(chains.device) for weight in names}
+            placed = {weight: _placed(visit, weight, weights[weight]) for weight in names}
             options = {weight: self.choices[weight].options for weight in names}
             handed = {weight: self._handed(weight, calibration[weight]) for weight in names}
             try:
@@ -275,6 +281,13 @@ def merged(known: Calibration | None, found: Calibration | None) -> Calibration:
     known, found = known or Calibration(), found or Calibration()
     importance = found.importance if known.importance is None else known.importance
     return Calibration(importance, found.hessian if known.hessian is None else known.hessian)
+
+
+def _placed(visit: _Visit, name: str, weight: Tensor) -> Tensor:
+    """Return a weight on the device: the block's own, where it computes in the dtype of the checkpoint."""
+    own = visit.module.get_submodule(visit.linears[name]).weight
+    assert isinstance(own, nn.Parameter)
+    return own.detach() if own.dtype == weight.dtype else weight.to(own.device)
 
 
 def _by_quantizer(choices: Mapping[str, Choice]) -> list[list[str]]:

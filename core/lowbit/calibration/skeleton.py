@@ -47,6 +47,7 @@ class Skeleton:
         with _parameters_on_meta():
             self.model: Any = find_model_class(config)(config)
         self.model.eval().requires_grad_(False)
+        self._kept: dict[str, Tensor] = {}
         self.config = config.get_text_config()
         self._sources = self._name_sources()
         self.decoder: Any = self.model.get_decoder()
@@ -63,20 +64,29 @@ class Skeleton:
 
     @contextmanager
     def filled(self, path: str, but: str | None = None) -> Iterator[nn.Module]:
-        """Fill the module at ``path`` from the checkpoint, all but the submodule at ``but``; empty it again at the end."""
+        """Fill the module at ``path`` from the checkpoint, all but the submodule at ``but``; empty it again at the end.
+
+        The weights that were read for a block are at hand until then, for ``source_weight``.
+        """
         module = self.model.get_submodule(path) if path else self.model
         prefix, skipped = (f"{path}." if path else ""), f"{but}." if but else None
         empty, parameters = dict(module.state_dict()), {name for name, _ in module.named_parameters()}
         names = [name for name in empty if not (skipped and (prefix + name).startswith(skipped))]
         _move_buffers(module, self.device)
         try:
-            self._assign(module, {name: self._read(prefix + name, empty[name], name in parameters) for name in names})
+            keep = path in self.blocks
+            self._assign(
+                module, {name: self._read(prefix + name, empty[name], name in parameters, keep) for name in names}
+            )
             yield module
         finally:
+            self._kept.clear()
             self._assign(module, {name: empty[name] for name in names})
 
     def source_weight(self, name: str) -> Tensor:
         """Return a weight of the checkpoint as floats: as stored, or float32 when it is packed."""
+        if name in self._kept:
+            return self._kept[name]
         value = self.checkpoint.read(name)
         if not isinstance(value, PackedTensor):
             return value
@@ -130,12 +140,14 @@ class Skeleton:
             "use a quantizer that needs no calibration, or give --imatrix"
         )
 
-    def _read(self, path: str, empty: Tensor, computes: bool) -> Tensor:
+    def _read(self, path: str, empty: Tensor, computes: bool, keep: bool) -> Tensor:
         """Read what belongs at ``path``; parameters that compute get the dtype of the activations, buffers keep their own."""
         name = self._sources.get(path)
         if name is None:
             raise CheckpointError(f"{self.checkpoint.path} lacks {path}, which its config asks for")
         value = self.source_weight(name)
+        if keep and value.dim() == 2:
+            self._kept[name] = value
         if value.shape != empty.shape:
             raise CheckpointError(
                 f"{name} is {_shape(value)}, but the model of this config needs {_shape(empty)}; the config is another model's"

@@ -120,7 +120,7 @@ class WorkDirectory:
             Chain.map(self.path / f"{kind}-{self.done}.bin", shape, torch_dtype(dtype))
             for kind in ("float", "quantized")[: 1 + carries]
         ]
-        chains = found if mapped else [chain.copy() for chain in found]
+        chains = found if mapped else [chain.copy(device=device) for chain in found]
         return Chains(chains[0], chains[1] if carries else None, device)
 
     def results(self, steps: Mapping[str, Step]) -> Results:

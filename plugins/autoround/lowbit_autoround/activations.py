@@ -37,20 +37,22 @@ class Runner:
         on_cpu = self.device.type == "cpu"
         self._piece = max(1, PIECE_TOKENS // self.tokens) if on_cpu else batch_size
         self._inputs, self._targets = self._held(block.inputs), self._held(block.targets)
-        self._token_wise = TokenWise(block.module, [block.module.get_submodule(path) for path in block.linears.values()])
+        self._token_wise = TokenWise(
+            block.module, [block.module.get_submodule(path) for path in block.linears.values()]
+        )
 
     def inputs(self, index: Sequence[int]) -> Tensor:
         """Return what the block receives for these samples, (len(index), seqlen, hidden) on the device."""
-        return self.block.inputs(index).to(self.device) if self._inputs is None else self._inputs[list(index)]
+        return self.block.inputs(index).to(self.device) if self._inputs is None else _gather(self._inputs, index)
 
     def targets(self, index: Sequence[int]) -> Tensor:
         """Return what the float block gives for these samples, shaped and placed likewise."""
-        return self.block.targets(index).to(self.device) if self._targets is None else self._targets[list(index)]
+        return self.block.targets(index).to(self.device) if self._targets is None else _gather(self._targets, index)
 
     def _held(self, read: Callable[[Sequence[int]], Tensor]) -> Tensor | None:
         """Return all samples on the device, or None where that is the host or they take too much of it."""
         first, samples = read([0]), self.block.samples
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or self.block.resident:
             return None
         free = torch.cuda.mem_get_info(self.device)[0]
         if 2 * samples * first.numel() * first.element_size() > HELD_SHARE * free:
@@ -68,6 +70,10 @@ class Runner:
             return [work(piece) for piece in pieces]
         return map_ranges(lambda start, stop: work(pieces[start]), len(pieces), 1, piece=1)
 
+    def _placed(self, tokens: Tensor) -> Tensor:
+        """Return places of tokens on the device; from pinned memory, as another copy waits for what the device does."""
+        return tokens.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tokens
+
     def precision(self) -> AbstractContextManager[object]:
         """Return the autocast context of the device."""
         if self.device.type == "cuda" and torch.cuda.is_bf16_supported():
@@ -77,7 +83,12 @@ class Runner:
     @contextmanager
     def skipping(self) -> Iterator[None]:
         """Let what treats tokens one by one skip those that do not count in ``squared_error``, where that is told to skip."""
-        with self.precision(), self._token_wise.skipping(self.block.forward, self.inputs([0])):
+
+        def run(hidden: Tensor) -> Tensor:
+            with self.precision():
+                return self.block.forward(hidden)
+
+        with self._token_wise.skipping(run, self.inputs([0])):
             yield
 
     def squared_error(self, index: Sequence[int], counted: Tensor, trim: float, skip: bool = False) -> Tensor:
@@ -89,7 +100,7 @@ class Runner:
             trim: Share of the errors of these tokens, the largest, that is left out.
             skip: Whether to compute no more of the other tokens than these need.
         """
-        tokens = counted.flatten().nonzero()[:, 0].to(self.device, non_blocking=True)
+        tokens = self._placed(counted.flatten().nonzero()[:, 0])
         with self.precision(), self._token_wise.only(tokens if skip else None):
             output = self.block.forward(self.inputs(index))
         targets = self.targets(index).flatten(0, 1)
@@ -98,6 +109,10 @@ class Runner:
             sizes = error.detach().abs().flatten()
             error = error.flatten().masked_fill(sizes >= torch.topk(sizes, dropped).values[-1], 0.0)
         return error.square().sum()
+
+
+def _gather(states: Tensor, index: Sequence[int]) -> Tensor:
+    return torch.stack([states[sample] for sample in index])  # a list as index would be copied to the device first
 
 
 @contextmanager

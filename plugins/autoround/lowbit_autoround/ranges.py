@@ -49,8 +49,8 @@ class Ranges(ABC):
         self.below, self.above = torch.ones_like(like), torch.ones_like(like)
 
     @abstractmethod
-    def steps(self) -> Steps:
-        """Return the parameters as stored. Raises WeightError for what the dtype cannot hold."""
+    def steps(self, check: bool = True) -> Steps:
+        """Return the parameters as stored. Raises WeightError for what the dtype cannot hold, if asked to ``check``."""
 
     @abstractmethod
     def gradients(self, by_scale: Tensor, by_offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,10 +71,10 @@ class SymmetricRange(Ranges):
         self._half, self._dtype = 2 ** (bits - 1), dtype
         super().__init__(self._low)
 
-    def steps(self) -> Steps:
+    def steps(self, check: bool = True) -> Steps:
         """Return signed scales; negative where the upper extreme counts."""
         below, above = self._low * self.below, self._high * self.above
-        scales = store_scales(torch.where(above >= below, -above, below) / self._half, self._dtype)
+        scales = store_scales(torch.where(above >= below, -above, below) / self._half, self._dtype, check)
         return Steps(scales.float(), None, float(self._half), 2 * self._half - 1, {"scales": scales})
 
     def gradients(self, by_scale: Tensor, by_offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,10 +92,10 @@ class IntegerRange(Ranges):
         super().__init__(self._low)
         self._scale = self._low
 
-    def steps(self) -> Steps:
+    def steps(self, check: bool = True) -> Steps:
         """Return scales and zeros."""
         below, above = self._low * self.below, self._high * self.above
-        scales = store_scales((above + below) / self._last, self._dtype)
+        scales = store_scales((above + below) / self._last, self._dtype, check)
         self._scale = divisors(scales)[..., 0]
         zeros = (below / self._scale).round_().clamp_(0, self._last)
         return Steps(scales.float(), None, zeros, self._last, {"scales": scales, "zeros": zeros.to(torch.int16)})
@@ -116,11 +116,11 @@ class MinimumRange(Ranges):
         self._last, self._dtype = 2**bits - 1, dtype
         super().__init__(self._low)
 
-    def steps(self) -> Steps:
+    def steps(self, check: bool = True) -> Steps:
         """Return scales and minimums."""
         cut_below, cut_above = self._half_width * (1 - self.below), self._half_width * (1 - self.above)
-        scales = store_scales((self._width - cut_below - cut_above) / self._last, self._dtype)
-        minimums = store(self._low + cut_below, self._dtype, "minimum")
+        scales = store_scales((self._width - cut_below - cut_above) / self._last, self._dtype, check)
+        minimums = store(self._low + cut_below, self._dtype, "minimum", check)
         parts = {"scales": scales, "minimums": minimums}
         return Steps(scales.float(), minimums.float(), 0.0, self._last, parts)
 
@@ -155,14 +155,14 @@ class SearchedScales(Ranges):
         self._reach = scales.abs() * (self._last / 2)
         self._scale_units, self._offset_units = scale_units, offset_units
 
-    def steps(self) -> Steps:
+    def steps(self, check: bool = True) -> Steps:
         """Return scales, with zeros or offsets."""
         parts: Parts = {}
-        scale = self._stored("scales", self._scales * self.above, self._scale_units, parts)
+        scale = self._stored("scales", self._scales * self.above, self._scale_units, parts, check)
         offset = None
         if self._offsets is not None:
             moved = self._offsets + self._reach * (self.below - 1)
-            offset = self._stored("minimums", moved, self._offset_units, parts)
+            offset = self._stored("minimums", moved, self._offset_units, parts, check)
         if isinstance(self._zero, Tensor):
             parts["zeros"] = self._zero.to(torch.int16)
         return Steps(scale, offset, self._zero, self._last, parts)
@@ -171,11 +171,13 @@ class SearchedScales(Ranges):
         """Scale and offset move apart from each other."""
         return by_offset * self._reach, by_scale * self._scales
 
-    def _stored(self, name: str, values: Tensor, units: Units | None, parts: Parts) -> Tensor:
+    def _stored(self, name: str, values: Tensor, units: Units | None, parts: Parts, check: bool) -> Tensor:
         if units is None:
-            rounded = store_scales(values, self._dtype) if name == "scales" else store(values, self._dtype, "minimum")
-            parts[name] = rounded
-            return rounded.float()
+            is_scale = name == "scales"
+            parts[name] = (
+                store_scales(values, self._dtype, check) if is_scale else store(values, self._dtype, "minimum", check)
+            )
+            return parts[name].float()
         parts[name], parts[f"super_{name}"] = units.units(values), units.steps
         return units.decode(parts[name])
 

@@ -17,24 +17,27 @@ def check_finite(low: Tensor, high: Tensor) -> None:
         raise WeightError("holds NaN or infinity; repair the checkpoint, or keep this tensor with a rule PATTERN=none")
 
 
-def store_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+def store_scales(scales: Tensor, dtype: torch.dtype, check: bool = True) -> Tensor:
     """Round float32 scales to ``dtype``; float16 rounds away from zero below its smallest value, so that only 0 becomes 0.
 
     AutoRound keeps |scale| >= 1e-5 instead (``q_scale_thresh``), which turns 4-bit groups with an absmax below 4e-5 into zeros
     and costs small groups their precision; here they keep as many codes as float16 has scales for. Raises WeightError where
-    ``dtype`` overflows.
+    ``dtype`` overflows, if asked to ``check``.
     """
-    stored = store(scales, dtype, "scale")
+    stored = store(scales, dtype, "scale", check)
     if dtype is torch.float16:
-        vanished = (stored == 0) & (scales != 0)
-        stored[vanished] = (scales[vanished].sign() * SMALLEST_FLOAT16).half()
+        smallest = (scales.sign() * SMALLEST_FLOAT16).half()  # 0 for 0
+        return torch.where(stored == 0, smallest, stored)
     return stored
 
 
-def store(values: Tensor, dtype: torch.dtype, what: str) -> Tensor:
-    """Round float32 values to ``dtype``, zeros to +0. Raises WeightError where ``dtype`` overflows."""
+def store(values: Tensor, dtype: torch.dtype, what: str, check: bool = True) -> Tensor:
+    """Round float32 values to ``dtype``, zeros to +0.
+
+    Raises WeightError where ``dtype`` overflows; to ``check`` waits for the device that the values are on.
+    """
     stored = values.to(dtype)
-    if not bool(torch.isfinite(stored).all()):
+    if check and not bool(torch.isfinite(stored).all()):
         name = str(dtype).removeprefix("torch.")
         raise WeightError(
             f"needs a {what} of {float(values.abs().max()):g}, beyond {torch.finfo(dtype).max:g}, the largest {name}; set "

@@ -7,6 +7,7 @@ and the formulas of ``lowbit_autoround.ranges`` do the rest, piece by piece in c
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -33,11 +34,16 @@ class TunedWeight:
         self._groups, self._values = groups, torch.zeros_like(groups)
         self._steps = ranges.steps()
         self._divisor = _divisor(self._steps)
+        self._fused = _fused(groups, shape[1])
 
     def decode(self, out: Tensor) -> None:
         """Write the weight that the present state means to ``out`` (out, in), of any float dtype."""
-        steps = self._steps = self.ranges.steps()
+        on_cpu = self._groups.device.type == "cpu"
+        steps = self._steps = self.ranges.steps(check=on_cpu)  # elsewhere it would wait for the device: ``parts`` asks
         self._divisor = _divisor(steps)
+        if self._fused:
+            self._fused.decode(self._groups, self._values, steps, out)
+            return
 
         def work(start: int, stop: int) -> None:
             weight = self._rounded(start, stop)[0].mul_(steps.scale[start:stop, :, None])
@@ -55,8 +61,13 @@ class TunedWeight:
             fraction: What is left of the first step size.
             tune_scales: Whether the ranges learn too.
         """
-        by_scale, by_offset = torch.empty_like(self._divisor), torch.empty_like(self._divisor)
         lr = self.lr * fraction
+        if self._fused:
+            sums = self._fused.learn(self._groups, self._values, self._steps, gradient, lr, LARGEST_VALUE)
+            if tune_scales:
+                self.ranges.learn(*sums, lr)
+            return
+        by_scale, by_offset = torch.empty_like(self._divisor), torch.empty_like(self._divisor)
         sign = self._steps.scale.sign()[..., None]
 
         def work(start: int, stop: int) -> None:
@@ -74,8 +85,12 @@ class TunedWeight:
             self.ranges.learn(by_scale, by_offset, lr)
 
     def parts(self) -> Parts:
-        """Return codes and stored parameters: exactly what ``decode`` last wrote, in memory of their own."""
+        """Return codes and stored parameters: exactly what ``decode`` last wrote, in memory of their own.
+
+        Raises WeightError for parameters that the scheme's dtype cannot hold.
+        """
         rows, columns = self.shape
+        self.ranges.steps()
         codes = torch.empty(rows, columns, dtype=torch.uint8, device=self._groups.device)
 
         def work(start: int, stop: int) -> None:
@@ -118,6 +133,15 @@ def grouped(weight: Tensor, group_size: int | None) -> Tensor:
     elif groups.data_ptr() == weight.data_ptr():
         groups = groups.clone()
     return groups.contiguous().view(len(weight), -1, size)
+
+
+def _fused(groups: Tensor, columns: int) -> ModuleType | None:
+    """Return the module of the CUDA kernels where they serve these groups."""
+    if groups.device.type != "cuda":
+        return None
+    from lowbit_autoround import fused
+
+    return fused if fused.serves(groups, columns) else None
 
 
 def _divisor(steps: Steps) -> Tensor:

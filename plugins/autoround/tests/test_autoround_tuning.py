@@ -203,7 +203,7 @@ def test_a_loss_that_becomes_nan_names_the_step_or_falls_back():
                 self.calls += 1
             return self.module(hidden) * (torch.nan if self.calls > 3 else 1.0)
 
-    options = dataclasses.replace(TUNED, batch_size=1)
+    options = dataclasses.replace(TUNED, batch_size=1, tokens=1.0)
     with pytest.raises(WeightError, match=r"^the loss is nan at tuning step 3; try a smaller lr"):
         run(Breaking(), options)
     block = Breaking()
