@@ -63,9 +63,11 @@ class TunedWeight:
         """
         lr = self.lr * fraction
         if self._fused:
-            sums = self._fused.learn(self._groups, self._values, self._steps, gradient, lr, LARGEST_VALUE)
+            by_scale, by_offset = self._fused.learn(
+                self._groups, self._values, self._steps, gradient, lr, LARGEST_VALUE
+            )
             if tune_scales:
-                self.ranges.learn(*sums, lr)
+                self.ranges.learn(by_scale, by_offset, lr)
             return
         by_scale, by_offset = torch.empty_like(self._divisor), torch.empty_like(self._divisor)
         sign = self._steps.scale.sign()[..., None]
