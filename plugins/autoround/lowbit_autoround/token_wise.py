@@ -97,8 +97,8 @@ class TokenWise:
             tokens = getattr(self._current, "tokens", None)
             if tokens is None or args or kwargs:
                 return whole(states, *args, **kwargs)
-            found = whole(_Take.apply(states, tokens))
-            return _Put.apply(found, tokens, states.shape[:2])
+            found = whole(_Take.apply(states, tokens))  # type: ignore[no-untyped-call]
+            return _Put.apply(found, tokens, states.shape[:2])  # type: ignore[no-untyped-call]
 
         return forward
 
