@@ -51,6 +51,18 @@ def test_each_format_gets_a_folder_with_the_same_numbers(convert, tmp_path):
                 assert all(row.exact for row in differences(native, found, installed()))
 
 
+def test_a_dry_run_plans_each_format(convert, tmp_path):
+    code, said = convert(*QUANTIZED, "--format", "native,gptq,hf", "--dry-run", "--json")
+    assert code == 0, said.err
+    plans = json.loads(said.out)["formats"]
+    assert [plan["format"] for plan in plans] == ["native", "gptq", "hf"]
+    assert [plan["tensors"][0]["action"] for plan in plans] == ["quantize", "transcode", "dequantize"]
+    assert plans[0]["bytes"] <= plans[1]["bytes"] < plans[2]["bytes"]
+    code, said = convert("-q", "kbit", "-b", "3", "--format", "native,gptq", "--dry-run")
+    assert (code, "gptq" in said.err) == (2, True)
+    assert left(tmp_path) == ["model"]
+
+
 def test_a_format_that_cannot_follow_is_refused_before_any_work(convert, tmp_path):
     code, said = convert("-q", "kbit", "-b", "3", "--format", "native,gptq")
     assert code == 2

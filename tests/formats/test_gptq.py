@@ -20,17 +20,6 @@ from lowbit_formats.int_words import pack_words, unpack_words
 IMPORTER, EXPORTER, V1, V2 = GptqImporter(), GptqExporter(), GptqPacker(), GptqV2Packer()
 UP = "model.layers.0.mlp.up_proj"
 CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
-EXAMPLES = [
-    Scheme(Grid.AFFINE, bits, group_size, zero, ScaleFormat(dtype), permutation=permutation)
-    for bits, group_size, dtype, permutation in [
-        (2, 64, "float16", False),
-        (3, 32, "float16", True),
-        (4, 128, "bfloat16", False),
-        (4, 48, "float16", True),  # a short last group
-        (8, None, "float16", False),
-    ]
-    for zero in (Zero.SYMMETRIC, Zero.INTEGER)
-]
 SHAPE = (32, 128)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import click
 
 from lowbit.cli.calibration import calibration_options, seeds_samples_only
 from lowbit.cli.console import human_bytes, human_count, json_option, print_json, print_table
-from lowbit.cli.jobs import folder_names, planned, run, run_several
+from lowbit.cli.jobs import folder_names, followers, planned, run, run_several
 from lowbit.errors import OptionError
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def convert_command(source: Path, destination: Path, as_json: bool, quiet: bool,
     }
     recipe = _recipe(flags, registry)
     if dry_run:
-        _show_dry_run(source, next(iter(targets.values())), recipe, flags, registry, as_json)
+        _show_dry_run(source, targets, recipe, flags, registry, as_json)
         return
     check_destination(destination, flags["overwrite"])
     if len(targets) == 1:
@@ -115,10 +116,23 @@ def convert_command(source: Path, destination: Path, as_json: bool, quiet: bool,
 
 
 def _show_dry_run(
-    source: Path, target: Target, recipe: Recipe, flags: dict[str, Any], registry: Registry, as_json: bool
+    source: Path,
+    targets: Mapping[str, Target],
+    recipe: Recipe,
+    flags: dict[str, Any],
+    registry: Registry,
+    as_json: bool,
 ) -> None:
+    target, *others = targets.values()
     with planned(source, target, recipe, flags, registry) as (_, plan, _, _):
-        _show_plan(plan, as_json)
+        plans = [plan, *followers(source, plan, others, flags, registry)]
+    if as_json:
+        documents = [_plan_json(plan) for plan in plans]
+        print_json({"formats": documents} if others else documents[0])
+        return
+    for name, plan in zip(targets, plans, strict=True):
+        _show_plan(plan, f"{name}:" if others else "")
+    click.echo("Nothing was written (--dry-run).")
 
 
 def _recipe(flags: dict[str, Any], registry: Registry) -> Recipe:
@@ -154,8 +168,8 @@ def describe(entry: Entry) -> str:
     return described(entry)
 
 
-def _show_plan(plan: Plan, as_json: bool) -> None:
-    document = {
+def _plan_json(plan: Plan) -> dict[str, Any]:
+    return {
         "format": plan.exporter.format,
         "tensors": [_step_json(step) for step in plan.steps],
         "source_bytes": plan.source_nbytes,
@@ -163,9 +177,9 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "predicted_peak_memory": plan.peak_memory,
     }
-    if as_json:
-        print_json(document)
-        return
+
+
+def _show_plan(plan: Plan, title: str) -> None:
     rows = [
         (
             step.name,
@@ -178,8 +192,8 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
         for step in plan.steps
     ]
     total = ("total", "", human_bytes(plan.source_nbytes), "", f"{plan.bits_per_weight:.3f}", human_bytes(plan.nbytes))
-    print_table("", ("tensor", "action", "from", "to", ">bits", ">bytes"), rows, total)
-    click.echo(f"Predicted peak memory: {human_bytes(plan.peak_memory)}. Nothing was written (--dry-run).")
+    print_table(title, ("tensor", "action", "from", "to", ">bits", ">bytes"), rows, total)
+    click.echo(f"Predicted peak memory: {human_bytes(plan.peak_memory)}.")
 
 
 def _show_report(report: Report, destination: Path) -> None:

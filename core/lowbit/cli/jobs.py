@@ -56,14 +56,10 @@ def run(
     also: Sequence[Target] = (),
 ) -> Report:
     """Convert, as the flags say; ``work`` is whose work directory a calibrated job uses, ``also`` what must be able to follow."""
-    from lowbit.convert import calibrated, execute, plan_conversion
-    from lowbit.plan import PlannedCheckpoint
-    from lowbit.recipe import NOTHING
+    from lowbit.convert import calibrated, execute
 
     with planned(source, target, recipe, flags, registry) as (checkpoint, plan, known, wishes):
-        for other in also:
-            follow = plan_conversion(PlannedCheckpoint(source, plan), other, NOTHING, registry)
-            check(follow, other, flags, registry)
+        followers(source, plan, also, flags, registry)
         with progress_bar(bar_bytes(plan, wishes, known), silent) as advance:
 
             def progress(phase: str, step: Step) -> None:
@@ -83,6 +79,21 @@ def run(
     if lost := report.plan.exporter.left_out(destination, report.plan.metadata):
         click.echo(f"Warning: {destination} has no place for {', '.join(lost)}; a folder as destination has.", err=True)
     return report
+
+
+def followers(
+    source: Path, plan: Plan, others: Sequence[Target], flags: Mapping[str, Any], registry: Registry
+) -> list[Plan]:
+    """Plan how the result of ``plan`` moves to further formats; raise NoRouteError where one cannot hold it."""
+    from lowbit.convert import plan_conversion
+    from lowbit.plan import PlannedCheckpoint
+    from lowbit.recipe import NOTHING
+
+    plans = []
+    for other in others:
+        plans.append(plan_conversion(PlannedCheckpoint(source, plan), other, NOTHING, registry))
+        check(plans[-1], other, flags, registry)
+    return plans
 
 
 def run_several(
