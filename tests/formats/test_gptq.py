@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowbit import Grid, Metadata, PackedTensor, ScaleFormat, Scheme, TensorSpec, Zero
+from lowbit import Grid, Metadata, PackedTensor, Scheme, TensorSpec, Zero
 from lowbit.errors import CheckpointError, NoRouteError
 from lowbit.plugins import registry
 from lowbit.tensors import bit_equal
