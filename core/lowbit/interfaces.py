@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowbit.parts import TensorSpec
 from lowbit.scheme import Scheme
-from lowbit.tensors import PackedSpec, PackedTensor, QuantizedTensor
+from lowbit.tensors import PackedSpec, PackedTensor, QuantizedTensor, as_integers
 
 if TYPE_CHECKING:
     from lowbit.calibration.block import Block
@@ -148,6 +148,24 @@ class Packer(ABC):
         """Return the spec of the packed tensor that ``pack`` will make."""
         return PackedSpec(self.layout, scheme, shape, self.specs(scheme, shape))
 
+    def row_buffers(self, scheme: Scheme, shape: tuple[int, int]) -> frozenset[str]:
+        """Return the buffers in which the rows of a weight lie one after the other, equally long; the rest serves all rows.
+
+        Embeddings are read by it, a few rows at a time. Empty, the default, when no row can be read alone.
+        """
+        return frozenset()
+
+    def rows(self, packed: PackedTensor, numbers: Tensor) -> PackedTensor:
+        """Return the rows of these numbers, integers (n,), as a packed tensor (n, in); only where ``row_buffers`` names some."""
+        apart = self.row_buffers(packed.scheme, packed.shape)
+        spec = self.spec(packed.scheme, (len(numbers), packed.shape[1]))
+        buffers = {name: buffer for name, buffer in packed.buffers.items() if name not in apart}
+        for name in apart:
+            buffer = packed.buffers[name]
+            cut = as_integers(buffer).view(packed.shape[0], -1).index_select(0, numbers)
+            buffers[name] = cut.view(buffer.dtype).view(spec.buffers[name].shape)
+        return PackedTensor(spec, {name: buffers[name] for name in spec.buffers})
+
 
 @dataclass(frozen=True, slots=True)
 class MatmulProblem:
@@ -187,6 +205,17 @@ class Kernel(ABC):
     def matmul(self, x: Tensor, packed: PackedTensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x @ W.T + bias`` for x (..., in), in x's dtype; the default multiplies by the dequantized weight."""
         return torch.nn.functional.linear(x, self.dequantize(packed, x.dtype), bias)
+
+    def why_no_rows(self, problem: MatmulProblem) -> str | None:
+        """Return None when ``rows`` reads single rows of such a weight, which it serves, else the reason (the default)."""
+        return f"decodes whole weights, not the rows of an embedding ({self.name})"
+
+    def rows(self, packed: PackedTensor, numbers: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the rows of these numbers, integers (n,), as ``dequantize`` gives them: (n, in).
+
+        Call only when ``why_no_rows`` is None. It never waits for the device: CUDA graphs capture it.
+        """
+        raise NotImplementedError(f"kernel {self.name} refuses rows")
 
 
 @dataclass(frozen=True, slots=True)

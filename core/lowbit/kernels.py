@@ -31,3 +31,13 @@ class ReferenceKernel(Kernel):
     def dequantize(self, packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Unpack and decode in float32, then round once."""
         return dequantize(self.packer.unpack(packed)).to(dtype)
+
+    def why_no_rows(self, problem: MatmulProblem) -> str | None:
+        """Refuse layouts whose rows cannot be read alone."""
+        if self.packer.row_buffers(problem.scheme, problem.shape):
+            return None
+        return f"the rows of layout {problem.layout!r} ({problem.scheme.summary()}) cannot be read alone"
+
+    def rows(self, packed: PackedTensor, numbers: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Unpack and decode only these rows."""
+        return self.dequantize(self.packer.rows(packed, numbers), dtype)

@@ -6,7 +6,7 @@ Weights are ``(out_features, in_features)`` and groups run along in_features, ev
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,17 @@ ROW_PARTS = frozenset(
     for name in ("codes", "scales", "zeros", "minimums")
     for prefix, suffix in (("", ""), ("super_", ""), ("super_", "_zeros"))
 )
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def row_parts(scheme: Scheme, names: Iterable[str]) -> frozenset[str]:
+    """Return which of the parts ``names`` hold one row of the weight after the other; empty when some part mixes rows."""
+    mixed = scheme.flat or scheme.outliers or (scheme.rotation and scheme.rotation.out_block)
+    if mixed or scheme.grid not in (Grid.AFFINE, Grid.CODEBOOK) or scheme.scales.across is not Across.GROUPS:
+        return frozenset()
+    return ROW_PARTS.intersection(names)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,6 +151,11 @@ def bit_equal(left: torch.Tensor, right: torch.Tensor) -> bool:
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     return torch.equal(raw_bytes(left), raw_bytes(right))
+
+
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same memory as integers of the same width: what moves them then cannot convert them."""
+    return tensor.view(_INTEGERS[tensor.dtype.itemsize])
 
 
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,14 @@ Source: ``mlx.core.quantize`` of mlx 0.32, whose packing the oracle tests compar
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
 
-from lowbit.interfaces import Packer
+import torch
+from torch import Tensor
+
 from lowbit.parts import TensorSpec, part_specs
 from lowbit.scheme import Grid, ScaleFormat, Scheme, Zero
+from lowbit.streams import StreamPacker
 from lowbit.tensors import PackedTensor, QuantizedTensor
 from lowbit_formats.affine_rules import AffineRules
 from lowbit_formats.int_words import pack_across, unpack_across, word_count
@@ -37,7 +40,7 @@ def mlx_scheme(bits: int, group_size: int, dtype: str = "float16") -> Scheme:
     return Scheme(Grid.AFFINE, bits, group_size, Zero.MINIMUM, ScaleFormat(dtype))
 
 
-class MlxPacker(Packer):
+class MlxPacker(StreamPacker):
     """Packs affine codes with minimums, as ``mlx.core.quantize`` in its mode ``affine``."""
 
     layout = "mlx-affine"
@@ -62,6 +65,10 @@ class MlxPacker(Packer):
         weight = TensorSpec(torch.uint32, (shape[0], word_count(shape[1], scheme.bits)))
         return {"weight": weight, "scales": parts["scales"], "biases": parts["minimums"]}
 
+    def row_buffers(self, scheme: Scheme, shape: tuple[int, int]) -> frozenset[str]:
+        """All of them."""
+        return frozenset(self.specs(scheme, shape))
+
     def pack(self, quantized: QuantizedTensor) -> PackedTensor:
         """Pack the codes; raises WeightError for a code of more bits than the scheme has."""
         parts = quantized.parts
@@ -75,9 +82,23 @@ class MlxPacker(Packer):
     def unpack(self, packed: PackedTensor) -> QuantizedTensor:
         """Undo ``pack``."""
         words = packed.buffers["weight"].view(torch.int32)
-        parts = {
-            "codes": unpack_across(words, packed.scheme.bits, packed.shape[1]),
-            "scales": packed.buffers["scales"],
-            "minimums": packed.buffers["biases"],
-        }
+        codes = unpack_across(words, packed.scheme.bits, packed.shape[1])
+        parts = {"codes": codes, **self.read_parts(packed, 0, packed.shape[0])}
         return QuantizedTensor(packed.scheme, packed.shape, parts)
+
+    def read_parts(self, packed: PackedTensor, start: int, stop: int) -> dict[str, Tensor]:
+        """Return scales and minimums of some rows."""
+        return {"scales": packed.buffers["scales"][start:stop], "minimums": packed.buffers["biases"][start:stop]}
+
+    def write_parts(self, packed: PackedTensor, start: int, stop: int, parts: Mapping[str, Tensor]) -> None:
+        """Write scales and minimums of some rows."""
+        packed.buffers["scales"][start:stop] = parts["scales"]
+        packed.buffers["biases"][start:stop] = parts["minimums"]
+
+    def streams(self, packed: PackedTensor, start: int, stop: int) -> Tensor:
+        """Return rows of the codes: they are streams."""
+        return packed.buffers["weight"].view(torch.int32)[start:stop]
+
+    def put_streams(self, packed: PackedTensor, start: int, stop: int, streams: Tensor) -> None:
+        """Copy rows of the codes."""
+        packed.buffers["weight"].view(torch.int32)[start:stop] = streams

@@ -27,7 +27,7 @@ from lowbit.interfaces import Kernel, Packer
 from lowbit.kernels import ReferenceKernel
 from lowbit.parts import TensorSpec, part_specs
 from lowbit.scheme import BinaryForm, Grid, Scheme
-from lowbit.tensors import PackedTensor, QuantizedTensor
+from lowbit.tensors import PackedTensor, QuantizedTensor, row_parts
 from lowbit.workers import map_ranges
 
 
@@ -61,6 +61,12 @@ class PlainPacker(Packer):
                 width = packed_width(spec.shape[-1], bits)
                 buffers[name] = TensorSpec(torch.uint8, (*spec.shape[:-1], width))
         return buffers
+
+    def row_buffers(self, scheme: Scheme, shape: tuple[int, int]) -> frozenset[str]:
+        """Every part that is cut by rows; the codes of a row are a stream of their own."""
+        parts = row_parts(scheme, part_specs(scheme, shape))
+        streams = {name for name, _ in _halves("codes", scheme.bits)} if parts else ()
+        return parts - {"codes"} | frozenset(streams)
 
     def pack(self, quantized: QuantizedTensor) -> PackedTensor:
         """Pack the codes; raises WeightError for a code of more bits than the scheme has."""

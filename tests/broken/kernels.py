@@ -188,3 +188,16 @@ class ScribblesOnX(PlainKernel):
 class BrokenScribblesOnX(_Contract):
     kind = ScribblesOnX
     must_fail = frozenset({"test_inputs_are_left_alone"})
+
+
+class SortsRows(PlainKernel):
+    def why_no_rows(self, problem):
+        return None
+
+    def rows(self, packed, numbers, dtype=torch.float32):
+        return self.dequantize(packed, dtype)[numbers.sort().values]
+
+
+class BrokenSortsRows(_Contract):
+    kind = SortsRows
+    must_fail = frozenset({"test_rows_are_those_of_the_dequantized_weight"})

@@ -215,3 +215,20 @@ class Misnamed(NibblePacker):
 class BrokenMisnamed(_Contract):
     kind = Misnamed
     must_fail = frozenset({"test_layout_has_a_name_for_files"})
+
+
+class NamesSharedBuffers(NibblePacker):
+    """Says that rows can be read alone, but forgets their scales: the first rows' are taken for all."""
+
+    def row_buffers(self, scheme, shape):
+        return frozenset({"nibbles"})
+
+    def rows(self, packed, numbers):
+        spec = self.spec(packed.scheme, (len(numbers), packed.shape[1]))
+        buffers = {"nibbles": packed.buffers["nibbles"][numbers], "scales": packed.buffers["scales"][: len(numbers)]}
+        return PackedTensor(spec, buffers)
+
+
+class BrokenNamesSharedBuffers(_Contract):
+    kind = NamesSharedBuffers
+    must_fail = frozenset({"test_rows_are_those_of_the_weight"})

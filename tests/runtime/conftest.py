@@ -269,3 +269,9 @@ def quantize():
 def tiny_experts(transformers):
     """Make a tiny mixture of experts."""
     return lambda: experts_model(transformers)
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma(transformers):
+    """Make a tiny Gemma 3."""
+    return lambda: gemma_model(transformers)

@@ -56,19 +56,6 @@ def test_tied_embeddings_stay_tied(llama_folder):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_packed_embedding_is_dequantized(llama_folder, tokens, tmp_path, quantize, tiny):
-    tiny().save_pretrained(tmp_path / "base")
-    rule = Rule("model.embed_tokens.weight", "autoround", {"bits": "8", "group_size": "32"})
-    packed = quantize(tmp_path / "base", tmp_path / "packed", rules=[rule])
-    convert(packed, tmp_path / "plain", Target("hf"), lowbit.installed())
-    with lowbit.installed().open(packed) as checkpoint:
-        assert isinstance(checkpoint.entries["model.embed_tokens.weight"], PackedSpec)
-    model = lowbit.load(packed, dtype=torch.float32)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    expected = logits(lowbit.load(tmp_path / "plain"), tokens)
-    torch.testing.assert_close(logits(model, tokens), expected, atol=1e-5, rtol=1e-5)
-
-
 def test_a_packed_head_of_a_tied_model_is_its_own(tmp_path, tokens, quantize, tiny):
     """A file may hold a head although its config ties it; the file's head is what runs."""
     tiny(tied=False).save_pretrained(tmp_path / "base")

@@ -6,7 +6,6 @@ import torch
 import lowbit
 from lowbit.diff import differences
 from lowbit.errors import CheckpointError, LowbitError, OutputError
-from lowbit.recipe import Rule
 
 pytestmark = pytest.mark.usefixtures("transformers")
 
@@ -83,14 +82,6 @@ def test_without_the_import_transformers_stops(auto, llama_folder, monkeypatch):
     monkeypatch.delitem(known.AUTO_QUANTIZATION_CONFIG_MAPPING, "lowbit")
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         auto.from_pretrained(llama_folder)
-
-
-def test_a_packed_embedding_is_left_to_lowbit_load(auto, tmp_path, quantize, tiny):
-    tiny().save_pretrained(tmp_path / "base")
-    rule = Rule("model.embed_tokens.weight", "autoround", {"bits": "8", "group_size": "32"})
-    packed = quantize(tmp_path / "base", tmp_path / "packed", rules=[rule])
-    with pytest.raises(CheckpointError, match=r"lowbit\.load\(\)"):
-        auto.from_pretrained(packed)
 
 
 def test_registering_twice_is_once(auto):

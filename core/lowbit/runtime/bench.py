@@ -37,7 +37,7 @@ class LayerTime:
 
 def measure_rates(model: Any, prompt_tokens: int, new_tokens: int, repeat: int) -> Rates:
     """Time ``repeat`` greedy runs over a prompt of random tokens (seed 0), after one to warm up."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().num_embeddings
     prompt = torch.randint(vocabulary, (prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     runs = [_run(model, prompt, new_tokens) for _ in range(repeat + 1)][1:]
     prefill = statistics.median(prompt_tokens / first for first, _ in runs)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lowbit.errors import NoRouteError
 from lowbit.interfaces import Kernel, MatmulProblem
 from lowbit.registry import Registry
 from lowbit.tensors import PackedSpec
@@ -35,3 +36,17 @@ def choose(problem: MatmulProblem, registry: Registry) -> Choice:
             break
         refusals[other.name] = other.why_not(problem) or ""
     return Choice(kernel, refusals)
+
+
+def choose_rows(problem: MatmulProblem, registry: Registry) -> Choice:
+    """Return the kernel that reads single rows, for an embedding; the one that keeps the bits as they are comes first.
+
+    Raises NoRouteError, with every reason, when none does.
+    """
+    reasons = {}
+    for kernel in reversed(registry.kernels.by_priority()):
+        reason = kernel.why_not(problem) or kernel.why_no_rows(problem)
+        if reason is None:
+            return Choice(kernel, {})
+        reasons[kernel.name] = reason
+    raise NoRouteError(f"no kernel reads rows of layout {problem.layout!r} on {problem.device}", reasons)

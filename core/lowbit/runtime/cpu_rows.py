@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from lowbit.grids import dequantize
 from lowbit.interfaces import MatmulProblem
 from lowbit.parts import TensorSpec, part_specs
 from lowbit.runtime.unpacked import UnpackedKernel
 from lowbit.scheme import Across, Grid, Scheme
-from lowbit.tensors import PackedTensor, QuantizedTensor
+from lowbit.tensors import PackedTensor, QuantizedTensor, row_parts
 
 
 class RowsKernel(UnpackedKernel):
@@ -43,3 +45,17 @@ class RowsKernel(UnpackedKernel):
     def codes(self, prepared: PackedTensor) -> Tensor:
         """Return the buffer."""
         return prepared.buffers["codes"]
+
+    def why_no_rows(self, problem: MatmulProblem) -> str | None:
+        """Refuse what has parts that mix rows."""
+        if row_parts(problem.scheme, part_specs(problem.scheme, problem.shape)):
+            return None
+        return f"reads rows alone, and the parts of {problem.scheme.summary()} mix them"
+
+    def rows(self, packed: PackedTensor, numbers: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Take these rows of every part, and decode them."""
+        quantized = self.unpacked(self.prepare(packed))
+        apart = row_parts(quantized.scheme, quantized.parts)
+        cut = {name: part[numbers] if name in apart else part for name, part in quantized.parts.items()}
+        shape = (len(numbers), quantized.shape[1])
+        return dequantize(QuantizedTensor(quantized.scheme, shape, cut)).to(dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lowbit.runtime.linear import QuantLinear
+from lowbit.runtime.packed_module import PackedModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,13 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Explain every ``QuantLinear`` of a model, preparing those that are not."""
+    """Explain every packed layer of a model, preparing those that are not."""
     return Explanation(
-        tuple(_layer(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear))
+        tuple(_layer(name, module) for name, module in model.named_modules() if isinstance(module, PackedModule))
     )
 
 
-def _layer(name: str, layer: QuantLinear) -> LayerExplanation:
+def _layer(name: str, layer: PackedModule) -> LayerExplanation:
     layer.prepared()
     assert layer.choice is not None
     spec = layer.spec

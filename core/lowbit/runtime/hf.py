@@ -23,10 +23,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.errors import CheckpointError
 from lowbit.plugins import installed
+from lowbit.runtime.embedding import QuantEmbedding
 from lowbit.runtime.linear import QuantLinear
+from lowbit.runtime.packed_module import PackedModule
 from lowbit.runtime.save import native_save
-from lowbit.runtime.slots import make_slots
-from lowbit.tensors import PackedSpec
+from lowbit.runtime.slots import Slots, make_slots, replace_module
+from lowbit.tensors import PackedSpec, PackedTensor
 
 if TYPE_CHECKING:
     from lowbit.runtime.load import Streaming
@@ -62,6 +64,7 @@ class LowbitQuantizer(HfQuantizer):
     def __init__(self, quantization_config: LowbitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.streaming = quantization_config.streaming
+        self.slots: Slots | None = None
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """Yes: ``save_pretrained`` writes a native folder."""
@@ -95,14 +98,12 @@ class LowbitQuantizer(HfQuantizer):
         if self.streaming is not None:
             self.streaming.open_slots(model)
         elif self.pre_quantized:
-            _make_layers(model, Path(checkpoint_files[0]).parent)
+            self.slots = _make_layers(model, Path(checkpoint_files[0]).parent)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        if self.streaming is None:
-            for module in model.modules():
-                if isinstance(module, QuantLinear):
-                    module.prepare()
+        if self.slots is not None:
+            _finish(model, self.slots)
         native_save(model)
         return model
 
@@ -125,8 +126,8 @@ def register() -> None:
         register_quantizer(METHOD)(LowbitQuantizer)
 
 
-def _make_layers(model: Any, folder: Path) -> None:
-    """Replace linears on meta by layers with the layouts of a native folder."""
+def _make_layers(model: Any, folder: Path) -> Slots:
+    """Replace linears on meta by layers with the layouts of a native folder, and give embeddings their buffers."""
 
     def make(spec: PackedSpec, bias: nn.Parameter | None, dtype: torch.dtype) -> QuantLinear:
         layer = QuantLinear(spec, dtype=dtype, device="meta")
@@ -134,9 +135,33 @@ def _make_layers(model: Any, folder: Path) -> None:
         return layer
 
     with installed().open(folder) as checkpoint:
-        slots = make_slots(model, checkpoint.entries, make)
+        slots = make_slots(model, checkpoint.entries, make, installed(), torch.device("cpu"))
     if slots.others:
         raise CheckpointError(
             f"{slots.others[0]} is packed and no linear of this model; load the folder with lowbit.load(), "
             "which dequantizes such weights"
         )
+    for name, path in slots.embeddings.items():
+        module, spec = model.get_submodule(path), checkpoint.entries[name]
+        assert isinstance(spec, PackedSpec)
+        for buffer, of in spec.buffers.items():
+            module._buffers[buffer] = torch.empty(of.shape, dtype=of.dtype, device="meta")
+        vars(module)["packed_spec"] = spec
+    return slots
+
+
+def _finish(model: Any, slots: Slots) -> None:
+    """Make the packed embeddings and the linears that are tied to them, now that their buffers are loaded; prepare all layers."""
+    dtype = model.dtype
+    for name, path in slots.embeddings.items():
+        module = model.get_submodule(path)
+        spec = vars(module).pop("packed_spec")
+        packed = PackedTensor(spec, {buffer: module._buffers[buffer] for buffer in spec.buffers})
+        replace_module(model, path, QuantEmbedding.in_place_of(module, packed, dtype=dtype))
+        for place in (place for place, source in slots.tied.items() if source == name):
+            layer = QuantLinear.holding(packed, model.get_submodule(place).bias, dtype=dtype)
+            layer.tied = path
+            replace_module(model, place, layer)
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            module.prepare()

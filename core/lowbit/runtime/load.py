@@ -17,9 +17,11 @@ from lowbit.interfaces import Checkpoint, Metadata
 from lowbit.plugins import installed
 from lowbit.registry import Registry
 from lowbit.runtime.choice import choose, problem_for
+from lowbit.runtime.embedding import QuantEmbedding
 from lowbit.runtime.extras import need_transformers
 from lowbit.runtime.lazy import LazyTensor, lazy_tensor
 from lowbit.runtime.linear import QuantLinear
+from lowbit.runtime.packed_module import PackedModule
 from lowbit.runtime.slots import PackedSlot, Slots, make_slots, replace_module
 from lowbit.tensors import PackedSpec, PackedTensor
 from lowbit.workers import PIECE, map_ranges
@@ -37,9 +39,10 @@ def load(
 ) -> Any:
     """Load a model from a checkpoint of any installed format and return it, in evaluation mode, on ``device``.
 
-    Linears whose weights are packed become ``QuantLinear``; each is read into the memory that it will keep, so that the peak is
-    the model and what a few weights need while they are arranged. Packed weights of other modules (a GGUF file's embedding) are dequantized to ``dtype``. Everything else is
-    cast to ``dtype``: by default what the config says, but bfloat16 for packed weights where it says float32 or nothing, and on
+    Linears whose weights are packed become ``QuantLinear``, and embeddings ``QuantEmbedding`` where the layout lets single rows be
+    read; a head that is tied to such an embedding shares its bits. Each is read into the memory that it will keep, so that the
+    peak is the model and what a few weights need while they are arranged. Packed weights of other modules are dequantized to
+    ``dtype``. Everything else is cast to ``dtype``: by default what the config says, but bfloat16 for packed weights where it says float32 or nothing, and on
     a CPU, where torch's packed products are fast in bfloat16 only.
 
     Args:
@@ -66,10 +69,10 @@ def load(
         for name, entry in checkpoint.entries.items():
             if isinstance(entry, PackedSpec):
                 _check_kernel(name, entry, dtype, place, registry)
-        streaming = Streaming(checkpoint, registry, dtype)
+        streaming = Streaming(checkpoint, registry, dtype, place)
         model = streaming.build(config)
         model.to(place)
-        streaming.fill(model, place, keep_packed, cache_dequantized)
+        streaming.fill(model, keep_packed, cache_dequantized)
         if prepare or place.type != "cpu":
             prepare_layers(model)
     return model
@@ -82,6 +85,7 @@ class Streaming:
     checkpoint: Checkpoint
     registry: Registry
     dtype: torch.dtype
+    device: torch.device
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     slots: Slots | None = None
@@ -107,27 +111,30 @@ class Streaming:
 
     def open_slots(self, model: Any) -> None:
         """Replace linears by slots, and say which tensors transformers shall load."""
-        self.slots = make_slots(model, self.checkpoint.entries, PackedSlot)
+        self.slots = make_slots(model, self.checkpoint.entries, PackedSlot, self.registry, self.device)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         for name in self.checkpoint.entries:
-            if name not in self.slots.linears:
+            if name not in self.slots.packed:
                 self.tensors[name] = lazy_tensor(self.checkpoint, name, self.registry, self.dtype)
 
-    def fill(self, model: nn.Module, device: torch.device, keep_packed: bool, cache_dequantized: bool) -> None:
-        """Read the packed weights, in the order of the file, as many at once as torch has threads, and put a layer in each slot."""
+    def fill(self, model: nn.Module, keep_packed: bool, cache_dequantized: bool) -> None:
+        """Read the packed weights, in the order of the file, as many at once as torch has threads, and put layers in their places."""
         assert self.slots is not None
-        names = list(self.slots.linears)
-
-        def layer(name: str) -> QuantLinear:
-            slot, value = _slot(model, self.slots.linears[name]), self._packed(name)  # type: ignore[union-attr]
-            buffers = {name: buffer.to(device) for name, buffer in value.buffers.items()}
-            options = {"dtype": self.dtype, "registry": self.registry, "cache_dequantized": cache_dequantized}
-            made = QuantLinear.holding(PackedTensor(slot.spec, buffers), slot.bias, frugal=not keep_packed, **options)
-            return made.eval()
-
-        made = map_ranges(lambda at, _: layer(names[at]), len(names), PIECE) if names else []
-        for name, found in zip(names, made, strict=True):
-            replace_module(model, self.slots.linears[name], found)
+        names = [name for name in self.checkpoint.entries if name in self.slots.packed]
+        read = map_ranges(lambda at, _: self._packed(names[at]), len(names), PIECE) if names else []
+        values = dict(zip(names, read, strict=True))
+        places = [*((path, name, "") for name, path in self.slots.linears.items())]
+        places += [(path, name, self.slots.embeddings[name]) for path, name in self.slots.tied.items()]
+        options = {"dtype": self.dtype, "registry": self.registry}
+        for path, name, tied in places:
+            bias, more = _slot(model, path).bias, {"frugal": not keep_packed, "cache_dequantized": cache_dequantized}
+            made = QuantLinear.holding(values[name], bias, **options, **more)
+            made.tied = tied
+            replace_module(model, path, made.eval())
+        for name, path in self.slots.embeddings.items():
+            embedding = model.get_submodule(path)
+            assert isinstance(embedding, nn.Embedding)
+            replace_module(model, path, QuantEmbedding.in_place_of(embedding, values[name], **options).eval())
 
     def _check_shapes(self, model: nn.Module) -> None:
         """Raise CheckpointError for a parameter that is not as the config has it: transformers 5.16 takes any shape."""
@@ -143,7 +150,7 @@ class Streaming:
     def _packed(self, name: str) -> PackedTensor:
         value = self.checkpoint.read(name)
         assert isinstance(value, PackedTensor)
-        return value
+        return PackedTensor(value.spec, {name: buffer.to(self.device) for name, buffer in value.buffers.items()})
 
 
 def prepare_layers(model: nn.Module) -> None:
@@ -151,7 +158,7 @@ def prepare_layers(model: nn.Module) -> None:
 
     The tensors of a layer are too small to share out.
     """
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear) and not module.is_prepared]
+    layers = [module for module in model.modules() if isinstance(module, PackedModule) and not module.is_prepared]
     if layers and all(layer.device.type == "cpu" for layer in layers):
         map_ranges(lambda at, _: layers[at].prepare(), len(layers), PIECE)
     for layer in layers:

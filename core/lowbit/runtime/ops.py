@@ -1,7 +1,8 @@
-"""``torch.ops.lowbit``: two operators through which every kernel runs, so that ``torch.compile`` sees no graph break.
+"""``torch.ops.lowbit``: three operators through which every kernel runs, so that ``torch.compile`` sees no graph break.
 
     linear(x, buffers, binding, bias) -> x @ W.T + bias      differentiable in x and bias; W is constant
     dequantize(buffers, binding, dtype) -> W (out, in)
+    rows(numbers, buffers, binding, dtype) -> W[numbers] (n, in)
 
 ``buffers`` are those of a prepared packed tensor, in the order of its spec. ``binding`` is the number of a kernel and a spec in
 this process: operators take integers, not objects. Equal pairs share a number, so equal layers share compiled code.
@@ -70,6 +71,9 @@ def register() -> Any:
     tags = (torch.Tag.pt2_compliant_tag,)
     library.define("linear(Tensor x, Tensor[] buffers, int binding, Tensor? bias) -> Tensor", tags=tags)
     library.define("dequantize(Tensor[] buffers, int binding, ScalarType dtype) -> Tensor", tags=tags)
+    library.define("rows(Tensor numbers, Tensor[] buffers, int binding, ScalarType dtype) -> Tensor", tags=tags)
+    library.impl("rows", _rows, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::rows", _fake_rows, lib=library)
     library.impl("linear", _linear, "CompositeExplicitAutograd")
     library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::linear", _fake_linear, lib=library)
@@ -86,6 +90,15 @@ def _linear(x: Tensor, buffers: Sequence[Tensor], number: int, bias: Tensor | No
 def _dequantize(buffers: Sequence[Tensor], number: int, dtype: torch.dtype) -> Tensor:
     bound = _bindings[number]
     return bound.kernel.dequantize(bound.packed(buffers), dtype)
+
+
+def _rows(numbers: Tensor, buffers: Sequence[Tensor], number: int, dtype: torch.dtype) -> Tensor:
+    bound = _bindings[number]
+    return bound.kernel.rows(bound.packed(buffers), numbers, dtype)
+
+
+def _fake_rows(numbers: Tensor, buffers: Sequence[Tensor], number: int, dtype: torch.dtype) -> Tensor:
+    return numbers.new_empty((numbers.shape[0], _bindings[number].spec.shape[1]), dtype=dtype)
 
 
 def _fake_linear(x: Tensor, buffers: Sequence[Tensor], number: int, bias: Tensor | None) -> Tensor:

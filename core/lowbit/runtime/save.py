@@ -15,7 +15,7 @@ from lowbit.interfaces import Entry, Metadata, SideFile, Value
 from lowbit.parts import TensorSpec
 from lowbit.plugins import installed
 from lowbit.registry import Registry
-from lowbit.runtime.linear import QuantLinear
+from lowbit.runtime.packed_module import PackedModule
 from lowbit.staging import check_destination, staged
 
 FORMAT = "native"
@@ -81,15 +81,16 @@ def _values(model: Any) -> Iterator[tuple[str, Value]]:
     """Yield packed weights under the name of the weight, then everything else under the names that checkpoints use."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, PackedModule)}
+    skipped = {f"{path}.{buffer}" for path, layer in layers.items() for buffer in layer.spec.buffers}
+    layers = {path: layer for path, layer in layers.items() if not getattr(layer, "tied", "")}
     names = {
         f"{path}.weight": torch.empty(0) for path in layers
     }  # transformers renames tensors, so names travel as such
     renamed = {id(stand_in): name for name, stand_in in revert_weight_conversion(model, names).items()}
     for (name, stand_in), layer in zip(names.items(), layers.values(), strict=True):
         yield renamed.get(id(stand_in), name), layer.packed
-    packed = {f"{path}.{buffer}" for path, layer in layers.items() for buffer in layer.spec.buffers}
     tied = set(getattr(model, "all_tied_weights_keys", {}))
-    plain = {name: value for name, value in model.state_dict().items() if name not in packed and name not in tied}
+    plain = {name: value for name, value in model.state_dict().items() if name not in skipped and name not in tied}
     for name, value in revert_weight_conversion(model, plain).items():
         yield name, value.detach().cpu().contiguous()

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, NoRouteError
 from lowbit.interfaces import Entry
+from lowbit.registry import Registry
+from lowbit.runtime.choice import choose_rows, problem_for
 from lowbit.runtime.experts import EXPERT, PackedExperts
 from lowbit.tensors import PackedSpec
 
@@ -37,40 +39,102 @@ class PackedSlot(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """Of the packed entries of a checkpoint: the module of each linear, and the names of all others."""
+    """Where packed entries of a checkpoint belong.
+
+    Attributes:
+        linears: The path of the linear of each name.
+        embeddings: The path of the embedding of each name.
+        tied: By the path of a linear that has the weight of such an embedding: the name of this weight.
+        others: The names of all others.
+    """
 
     linears: Mapping[str, str]
+    embeddings: Mapping[str, str]
+    tied: Mapping[str, str]
     others: tuple[str, ...]
+
+    @property
+    def packed(self) -> Mapping[str, str]:
+        """The path of the module of each name that stays packed."""
+        return {**self.linears, **self.embeddings}
 
 
 def make_slots(
-    model: Any, entries: Mapping[str, Entry], make: Callable[[PackedSpec, nn.Parameter | None, torch.dtype], nn.Module]
+    model: Any,
+    entries: Mapping[str, Entry],
+    make: Callable[[PackedSpec, nn.Parameter | None, torch.dtype], nn.Module],
+    registry: Registry,
+    device: torch.device,
 ) -> Slots:
     """Replace every linear of ``model`` (on meta) whose weight is packed by what ``make`` returns; raise when shapes differ.
 
     Fused experts of transformers 5 become containers of linears for each expert where the checkpoint names experts one by
-    one. Packed weights of other modules (embeddings) stay as they are, to be dequantized.
+    one. Embeddings lose their weight where a kernel reads rows of the packed one, and linears that are tied to them become
+    ``PackedSlot``s. Packed weights of all other modules stay as they are, to be dequantized.
     """
     packed = {name: entry for name, entry in entries.items() if isinstance(entry, PackedSpec)}
     rename = renamer(model)
     paths = {name: rename(name).removesuffix(".weight") for name in packed}
     dtype = _dtype(model)
     open_experts(model, paths.values())
-    linears = {}
+    linears, embeddings = {}, {}
     for name, path in paths.items():
-        module = _module(model, path)
-        if not isinstance(module, nn.Linear):
+        module, spec = _module(model, path), packed[name]
+        if isinstance(module, nn.Linear):
+            _check_shape(name, spec, (module.out_features, module.in_features))
+            replace_module(model, path, make(spec, module.bias, dtype))
+            _untie(model, f"{path}.weight")
+            linears[name] = path
+        elif isinstance(module, nn.Embedding) and _reads_rows(module, spec, dtype, device, registry):
+            _check_shape(name, spec, (module.num_embeddings, module.embedding_dim))
+            _take_weight(module)
+            embeddings[name] = path
+    tied = _tied_slots(model, {path: name for name, path in embeddings.items()}, packed, entries)
+    others = tuple(name for name in packed if name not in linears and name not in embeddings)
+    return Slots(linears, embeddings, tied, others)
+
+
+def _check_shape(name: str, spec: PackedSpec, wanted: tuple[int, int]) -> None:
+    if wanted != spec.shape:
+        sizes = f"is {spec.shape[0]}x{spec.shape[1]}, but the model of this config needs {wanted[0]}x{wanted[1]}"
+        raise CheckpointError(f"{name} {sizes}")
+
+
+def _reads_rows(
+    module: nn.Embedding, spec: PackedSpec, dtype: torch.dtype, device: torch.device, registry: Registry
+) -> bool:
+    try:
+        choose_rows(problem_for(spec, dtype, device), registry)
+    except NoRouteError:
+        return False
+    return module.max_norm is None  # else looking a row up changes it
+
+
+def _take_weight(module: nn.Embedding) -> None:
+    """Leave an embedding without a parameter, and with a ``weight`` that transformers takes for one it has loaded."""
+    del module._parameters["weight"]
+    empty = torch.empty(0)
+    empty._is_hf_initialized = True  # type: ignore[attr-defined]
+    object.__setattr__(module, "weight", empty)
+
+
+def _tied_slots(
+    model: Any, embeddings: Mapping[str, str], packed: Mapping[str, PackedSpec], entries: Mapping[str, Entry]
+) -> dict[str, str]:
+    """Replace the linears that are tied to ``embeddings`` (names by path), unless the checkpoint has weights for them."""
+    ties, found = getattr(model, "all_tied_weights_keys", {}), {}
+    for target, source in list(ties.items()):
+        name = embeddings.get(source.removesuffix(".weight"))
+        path = target.removesuffix(".weight")
+        if name is None or not isinstance(module := _module(model, path), nn.Linear):
             continue
-        spec = packed[name]
-        if (module.out_features, module.in_features) != spec.shape:
-            wanted = f"{module.out_features}x{module.in_features}"
-            raise CheckpointError(
-                f"{name} is {spec.shape[0]}x{spec.shape[1]}, but the model of this config needs {wanted}"
-            )
-        replace_module(model, path, make(spec, module.bias, dtype))
-        _untie(model, f"{path}.weight")
-        linears[name] = path
-    return Slots(linears, tuple(name for name in packed if name not in linears))
+        if target in entries:
+            _untie(model, target)
+            continue
+        ties.pop(target)
+        replace_module(model, path, PackedSlot(packed[name], module.bias, _dtype(model)))
+        found[path] = name
+    return found
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -54,6 +54,7 @@ class BlockPacker(Packer):
         self.floats = floats
         self.codebook = None if codebook is None else torch.tensor(codebook, dtype=torch.float32).unsqueeze(1)
         self._encode, self._decode = encode, decode
+        self._codebooks: dict[torch.device, Tensor] = {}
         self.layout = f"gguf-{type.name.lower()}"  # type: ignore[misc]  # one instance a layout, each with its own name
 
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -74,6 +75,10 @@ class BlockPacker(Packer):
     def specs(self, scheme: Scheme, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """Return ``blocks``: uint8 (out, bytes of a row)."""
         return {"blocks": TensorSpec(torch.uint8, (shape[0], self.type.row_bytes(shape[1])))}
+
+    def row_buffers(self, scheme: Scheme, shape: tuple[int, int]) -> frozenset[str]:
+        """The blocks."""
+        return frozenset({"blocks"})
 
     def pack(self, quantized: QuantizedTensor) -> PackedTensor:
         """Arrange the parts into blocks.
@@ -110,8 +115,16 @@ class BlockPacker(Packer):
 
         map_ranges(work, rows, columns)
         if self.codebook is not None:
-            parts["codebook"] = self.codebook.to(blocks.device)
+            parts["codebook"] = self._codebook_on(blocks.device)
         return QuantizedTensor(packed.scheme, packed.shape, parts)
+
+    def _codebook_on(self, device: torch.device) -> Tensor:
+        """Return the codebook; a copy on another device is kept, because a captured CUDA graph must not wait for one."""
+        assert self.codebook is not None
+        if device not in self._codebooks:
+            with torch.inference_mode(False):
+                self._codebooks[device] = self.codebook.to(device)
+        return self._codebooks[device]
 
     def not_finite(self, packed: PackedTensor) -> str | None:
         """Return where a scale in the blocks is NaN or infinite and what it is, such as ``row 5 has the scale inf``."""

@@ -17,6 +17,7 @@ from lowbit import PackedTensor, QuantizedTensor, Scheme
 from lowbit.interfaces import Packer
 from lowbit.parts import TensorSpec, part_specs
 from lowbit.scheme import Grid
+from lowbit.tensors import row_parts
 from lowbit_kbit.streams import DENSE, WORDS, convert_stream, pack_stream, unpack_stream, word_count
 
 
@@ -41,6 +42,12 @@ class StreamPacker(Packer):
         parts = part_specs(scheme, shape)
         del parts["codes"]
         return {"qweight": TensorSpec(torch.int32, (words,)), **parts}
+
+    def row_buffers(self, scheme: Scheme, shape: tuple[int, int]) -> frozenset[str]:
+        """The words, where no row shares one with the next, and the parts that are cut by rows."""
+        parts = row_parts(scheme, part_specs(scheme, shape))
+        spilled = shape[1] % (32 // scheme.bits) if self.stream == WORDS else shape[1] * scheme.bits % 32
+        return frozenset() if not parts or spilled else parts - {"codes"} | {"qweight"}
 
     def pack(self, quantized: QuantizedTensor) -> PackedTensor:
         """Pack the codes; raises WeightError for a code of more bits than the scheme has."""

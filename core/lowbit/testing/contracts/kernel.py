@@ -12,7 +12,7 @@ from torch import Tensor
 from lowbit.interfaces import Kernel, MatmulProblem, Packer
 from lowbit.kernels import ReferenceKernel
 from lowbit.scheme import Scheme
-from lowbit.tensors import PackedTensor
+from lowbit.tensors import PackedTensor, bit_equal
 from lowbit.testing import budgets, samples
 from lowbit.testing.contracts.checks import assert_same_tensors, assert_sentence, copies, override
 from lowbit.testing.weights import generator
@@ -127,6 +127,22 @@ class KernelContract:
             assert (found.dtype, tuple(found.shape)) == (dtype, packed.shape)
             error = (found.double() - weight.double()).abs()
             assert (error <= tolerance * budgets.dequantize_bound(weight, dtype)).all(), _worst(error, packed, dtype)
+
+    def test_rows_are_those_of_the_dequantized_weight(
+        self, kernel: Kernel, problems: list[tuple[PackedTensor, torch.dtype]], device: str
+    ) -> None:
+        """Where ``why_no_rows`` is None, else it is a sentence: any rows, in any order, one of them twice, bit for bit."""
+        for packed, dtype in problems:
+            problem = MatmulProblem(packed.layout, packed.scheme, packed.shape, dtype, device, _capability(device))
+            if (reason := kernel.why_no_rows(problem)) is not None:
+                assert_sentence(reason)
+                continue
+            prepared, last = kernel.prepare(packed), packed.shape[0] - 1
+            numbers = torch.tensor([last, 0, last // 2, 0], device=device)
+            found, weight = kernel.rows(prepared, numbers, dtype), kernel.dequantize(prepared, dtype)
+            assert bit_equal(found, weight[numbers]), (
+                f"{packed.scheme.summary()} {dtype}: rows differ from the weight's"
+            )
 
     def test_prepare_twice_is_prepare_once(
         self, kernel: Kernel, problems: list[tuple[PackedTensor, torch.dtype]]

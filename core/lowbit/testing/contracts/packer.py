@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowbit.grids import dequantize
 from lowbit.interfaces import Packer
 from lowbit.parts import TensorSpec
 from lowbit.scheme import Grid, Scheme
-from lowbit.tensors import PackedTensor, QuantizedTensor
+from lowbit.tensors import PackedTensor, QuantizedTensor, bit_equal
 from lowbit.testing import samples, strategies
 from lowbit.testing.contracts.checks import (
     STEADY,
@@ -115,6 +116,16 @@ class PackerContract:
             elif scheme.grid is Grid.AFFINE:  # a codebook may be the layout's own, which ``strategy`` knows
                 quantized = samples.quantized(scheme, shape)
                 assert_same_quantized(packer.unpack(packer.pack(quantized)), quantized, scheme.summary())
+
+    def test_rows_are_those_of_the_weight(self, packer: Packer, examples: Sequence[Example]) -> None:
+        """Where ``row_buffers`` names some: any rows, in any order, one of them twice, as ``unpack`` of all would give them."""
+        for scheme, shape in examples:
+            if packer.row_buffers(scheme, shape):
+                packed = packer.pack(samples.quantized(scheme, shape))
+                numbers = torch.tensor([shape[0] - 1, 0, shape[0] // 2, 0])
+                weight, found = dequantize(packer.unpack(packed)), packer.rows(packed, numbers)
+                assert found.spec == packer.spec(scheme, (len(numbers), shape[1]))
+                assert bit_equal(dequantize(packer.unpack(found)), weight[numbers]), "rows differ from the weight's"
 
     def test_inputs_are_left_alone(self, packer: Packer, examples: Sequence[Example]) -> None:
         """Neither ``pack`` writes to parts nor ``unpack`` to buffers."""
