@@ -112,18 +112,37 @@ class TestUnitsKernel(KernelContract):
         self.test_matmul_agrees_with_the_reference(kernel, reference, problems, tolerance, batch, True)
 
 
-@pytest.mark.cuda
-@gpu
-@pytest.mark.parametrize("tokens", [1, 7, 16, 33, 64, 129])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_layers_train_capture_and_compile(tokens, dtype):
-    """Gradients against the dequantized weight; a captured graph replayed with other inputs; no graph breaks."""
-    scheme = Scheme(Grid.AFFINE, 4, 128, scales=HALF)
-    packed = REGISTRY.packers["gptq"].pack(samples.quantized(scheme, (256, 1024)))
+LAYERS = {
+    "neighbours": Scheme(Grid.AFFINE, 4, 128, scales=HALF),
+    "act-order": Scheme(Grid.AFFINE, 4, 128, Zero.INTEGER, HALF, permutation=True),
+    "outliers": Scheme(Grid.CODEBOOK, 3, 64, scales=HALF, outliers=Outliers(0.01)),
+    "sixteens": Scheme(Grid.CODEBOOK, 6, 16, scales=HALF),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def layer_of(request):
+    """A function from a dtype to a layer that ``cuda-units`` serves."""
     registry = lowbit.plugins.registry(*(getattr(lowbit_formats, name) for name in FORMATS))
     registry.kernels.register(UnitsKernel(registry.packers))
-    layer = QuantLinear.from_packed(packed, dtype=dtype, registry=registry).to("cuda")
-    assert layer.kernel.name == "cuda-units"
+    packed = REGISTRY.packers["plain"].pack(samples.quantized(LAYERS[request.param], (256, 1024)))
+
+    def make(dtype):
+        layer = QuantLinear.from_packed(packed, dtype=dtype, registry=registry).to("cuda")
+        layer.prepare()
+        assert layer.kernel.name == "cuda-units"
+        return layer
+
+    return make
+
+
+@pytest.mark.cuda
+@gpu
+@pytest.mark.parametrize("tokens", [1, 3, 7, 16, 33, 64, 129])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layers_train_and_are_captured(layer_of, tokens, dtype):
+    """Gradients against the dequantized weight; a captured graph replayed with other inputs."""
+    layer = layer_of(dtype)
     x = torch.randn(tokens, 1024, device="cuda", dtype=dtype, requires_grad=True)
     layer(x).sum().backward()
     weight = layer.dequantize(dtype)
@@ -139,6 +158,21 @@ def test_layers_train_capture_and_compile(tokens, dtype):
             fixed.copy_(torch.randn_like(fixed))
             graph.replay()
             assert torch.equal(out, layer(fixed))
+
+
+@pytest.mark.cuda
+@gpu
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_operators_and_compiled_layers(layer_of, tokens):
+    """What torch asks of an operator; one graph without a break, with the same bits."""
+    layer = layer_of(torch.float16)
+    for differentiated in (False, True):
+        x = torch.randn(tokens, 1024, device="cuda", dtype=torch.float16, requires_grad=differentiated)
+        torch.library.opcheck(torch.ops.lowbit.linear.default, (x, layer._operands(), layer._binding, None))
+    torch.library.opcheck(torch.ops.lowbit.dequantize.default, (layer._operands(), layer._binding, torch.float16))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        assert torch.equal(compiled(x.detach()), layer(x.detach()))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-from lowbit import PackedTensor, QuantizedTensor, ScaleFormat, Scheme
+import lowbit.plugins
+import lowbit_kbit
+from lowbit import PackedTensor, QuantizedTensor, QuantLinear, ScaleFormat, Scheme
 from lowbit.errors import WeightError
 from lowbit.kernels import ReferenceKernel
 from lowbit.scheme import Grid, ScaleCoding
@@ -18,6 +20,7 @@ from lowbit.tensors import bit_equal
 from lowbit.testing import KernelContract, samples, weights
 from lowbit.testing.contracts.checks import assert_same_quantized
 from lowbit_cuda.errors import CudaError
+from lowbit_cuda.plugin import UnitsKernel
 from lowbit_kbit import launches
 from lowbit_kbit.codebooks import fixed_codebook
 from lowbit_kbit.kernels import StreamKernel
@@ -222,6 +225,48 @@ class TestStreamKernel(KernelContract):
     @pytest.fixture
     def examples(self):
         return [(scheme, (24, 192)) for scheme in SCHEMES[1:5]] + [(SCHEMES[12], (7, 99))]
+
+
+class TestUnitsOfKbit(KernelContract):
+    """The fast kernel on what kbit stores: every k, a block size that units hold, one that is filled up, a second level."""
+
+    @pytest.fixture(params=PACKERS, ids=lambda packer: packer.layout)
+    def packer(self, request):
+        return request.param
+
+    @pytest.fixture
+    def kernel(self):
+        return UnitsKernel({packer.layout: packer for packer in PACKERS})
+
+    @pytest.fixture
+    def device(self):
+        return "cuda"
+
+    @pytest.fixture
+    def examples(self):
+        schemes = [Scheme(Grid.CODEBOOK, bits, 64) for bits in range(2, 9)] + [
+            Scheme(Grid.CODEBOOK, 3, 17, scales=ScaleFormat("float32")),
+            Scheme(Grid.CODEBOOK, 5, 16, scales=ScaleFormat("bfloat16")),
+            Scheme(Grid.CODEBOOK, 4, 4096),
+            Scheme(Grid.CODEBOOK, 4, 64, flat=True, scales=ScaleFormat("float32", 8, 4, coding=ScaleCoding.CODEBOOK)),
+        ]
+        return [(scheme, (24, 192)) for scheme in schemes] + [(schemes[2], (7, 99))]
+
+    @pytest.mark.parametrize("batch", [16, 64, 129])
+    def test_more_rows(self, kernel, reference, problems, tolerance, batch):
+        self.test_matmul_agrees_with_the_reference(kernel, reference, problems, tolerance, batch, True)
+
+
+def test_the_faster_kernel_serves_what_kbit_makes():
+    """convert's own path: quantize, pack, choose a kernel, multiply; units before the stream kernel."""
+    quantized = QUANTIZER.quantize(gaussian(96, 512), KbitOptions(5, 64, "learned"))
+    packed = on_gpu(PACKERS[1].pack(quantized))
+    registry = lowbit.plugins.registry(lowbit_kbit)
+    registry.kernels.register(UnitsKernel(registry.packers))
+    layer = QuantLinear.from_packed(packed, dtype=torch.float16, registry=registry)
+    assert layer.kernel.name == "cuda-units"
+    x = torch.randn(3, 512, device="cuda").half()
+    torch.testing.assert_close(layer(x), x @ layer.dequantize().T, rtol=1e-2, atol=1e-2)
 
 
 def test_bad_buffers_are_refused_with_a_sentence():
