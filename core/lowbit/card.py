@@ -68,7 +68,7 @@ def write_card(folder: Path, plan: Plan, outcomes: Sequence[Outcome], digests: M
 
 def section(plan: Plan, outcomes: Sequence[Outcome], digests: Mapping[str, bytes]) -> str:
     """Return the section: provenance, one row for each kind of change, and the hash of what was written."""
-    facts = {**plan.metadata.provenance, "tensors_sha256": combined(digests)}
+    facts = {**plan.metadata.provenance, "tensors_checksum": combined(digests)}
     lines = ["## Converted with lowbit", "", "| | |", "|---|---|"]
     lines += [f"| {key} | {_cell(facts[key])} |" for key in _ORDER if key in facts]
     lines += ["", "| action | from | to | tensors | weights | bits | error |", "|---|---|---|---|---|---|---|"]
@@ -115,7 +115,7 @@ _ORDER = (
     "format",
     "lowbit_version",
     "torch_version",
-    "tensors_sha256",
+    "tensors_checksum",
 )
 
 

@@ -5,7 +5,6 @@ Importer -> [dequantize] -> Quantizer -> QuantizedTensor -> Packer -> PackedTens
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,8 +16,10 @@ from types import MappingProxyType
 import torch
 
 import lowbit
+from lowbit import memory
 from lowbit.calibration.wishes import Wishes
 from lowbit.card import command_line, fingerprint, write_card
+from lowbit.checksum import checksum
 from lowbit.errors import OutputError, VerificationError
 from lowbit.fold import fold_act_order
 from lowbit.interfaces import DEFAULT_SHARD_SIZE, Calibration, Checkpoint, Metadata, Value
@@ -28,7 +29,6 @@ from lowbit.prefetch import prefetch
 from lowbit.recipe import NOTHING, Recipe
 from lowbit.registry import Registry
 from lowbit.staging import check_destination, staged
-from lowbit.tensors import PackedTensor, raw_bytes
 from lowbit.work import Work
 
 
@@ -187,11 +187,12 @@ def execute(
                 outcomes.append(Outcome(step, error))
                 if hashed:
                     hashed.result()  # one result at a time waits for its hash, so that memory stays bounded
-                hashed = digests[step.name] = hasher.submit(digest, result)
+                hashed = digests[step.name] = hasher.submit(checksum, result)
                 yield step.name, result
                 report("convert", step)
 
-    with staged(destination, overwrite) as temporary, ThreadPoolExecutor(1, "lowbit-hash") as hasher:
+    workers = ThreadPoolExecutor(1, "lowbit-hash")
+    with memory.reused(), staged(destination, overwrite) as temporary, workers as hasher:
         with closing(prefetch(results())) as stream:  # the next tensor is worked on while this one is written
             plan.exporter.write(temporary, plan.entries, stream, plan.metadata, shard_size)
         found = {name: done.result() for name, done in digests.items()}
@@ -222,7 +223,7 @@ def verify(
         names = list(reopened.entries)
         steps = {step.name: step for step in plan.steps}
         for name, value in zip(names, prefetch(map(reopened.read, names)), strict=True):
-            if digest(value) != digests[name]:
+            if checksum(value) != digests[name]:
                 raise VerificationError(
                     f"{name} reads back with other bytes than were written; the disk may be failing"
                 )
@@ -245,13 +246,3 @@ def check_space(plan: Plan, destination: Path) -> None:
         raise OutputError(
             f"{destination} needs {plan.nbytes:,} bytes and its disk has {free:,} free; free some space or choose another disk"
         )
-
-
-def digest(value: Value) -> bytes:
-    """Return the SHA-256 of a tensor's bytes, or of a packed tensor's buffers in the order of their names."""
-    buffers = dict(sorted(value.buffers.items())) if isinstance(value, PackedTensor) else {"": value}
-    total = hashlib.sha256()
-    for name, buffer in buffers.items():
-        total.update(name.encode())
-        total.update(raw_bytes(buffer).numpy().data)
-    return total.digest()

@@ -69,6 +69,8 @@ def _same_values(first: QuantizedTensor, second: QuantizedTensor, size: int) -> 
     rows, columns = first.shape
     offsets = _zeros(first, size) - _zeros(second, size)
     codes, others = first.parts["codes"], second.parts["codes"]
+    if codes is others:
+        return not bool(offsets.any())
     constant = bool((offsets == offsets.flatten()[0]).all()) if offsets.numel() else True
 
     # Values less than 256 apart are equal if they are equal modulo 256, and one byte each is a third of the work
@@ -79,7 +81,7 @@ def _same_values(first: QuantizedTensor, second: QuantizedTensor, size: int) -> 
         if constant:
             return _equal_but(codes[start:stop], others[start:stop], int(offsets[0, 0]))
         left = codes[start:stop].view(stop - start, -1, size).to(dtype) - narrow[start:stop, :, None]
-        return _alike(left, others[start:stop].to(dtype).view(left.shape))
+        return alike(left, others[start:stop].to(dtype).view(left.shape))
 
     return all(map_ranges(same, rows, columns)) if first.parts["codes"].numel() else True
 
@@ -100,10 +102,10 @@ def _range(scheme: Scheme) -> tuple[int, int]:
 def _equal_but(codes: Tensor, others: Tensor, offset: int) -> bool:
     """Whether ``codes - offset`` equals ``others``, as integers and not modulo 256."""
     if offset == 0:
-        return _alike(codes, others)
+        return alike(codes, others)
     if offset < 0:
-        return bool(codes.max() <= 255 + offset) and _alike(codes + -offset, others)
-    return bool(codes.min() >= offset) and _alike(codes - offset, others)
+        return bool(codes.max() <= 255 + offset) and alike(codes + -offset, others)
+    return bool(codes.min() >= offset) and alike(codes - offset, others)
 
 
 def _zeros(weight: QuantizedTensor, size: int) -> Tensor:
@@ -115,17 +117,22 @@ def _zeros(weight: QuantizedTensor, size: int) -> Tensor:
 
 def _equal(first: Tensor, second: Tensor) -> bool:
     """Whether two parts have the same bits; large ones are compared in parallel."""
+    if first is second:
+        return True
     if first.dim() < 2 or first.dtype.is_floating_point or first.device.type != "cpu":
         return bit_equal(first, second)
-    pieces = map_ranges(lambda start, stop: _alike(first[start:stop], second[start:stop]), len(first), first[0].numel())
+    pieces = map_ranges(lambda start, stop: alike(first[start:stop], second[start:stop]), len(first), first[0].numel())
     return all(pieces)
 
 
-def _alike(first: Tensor, second: Tensor) -> bool:
-    """Whether two integer tensors of one shape are equal; eight bytes at a time where they lie one after the other."""
+def alike(first: Tensor, second: Tensor) -> bool:
+    """Whether two integer tensors of one shape on a CPU are equal; eight bytes at a time where they lie one after the other.
+
+    One core compares 19 GB/s so by numpy, 9 by ``torch.equal`` of int64, 1.2 of uint8 (2026-11-21).
+    """
     if all(
         it.is_contiguous() and it.numel() * it.itemsize % 8 == 0 == it.storage_offset() * it.itemsize % 8
         for it in (first, second)
     ):
         first, second = first.view(-1).view(torch.int64), second.view(-1).view(torch.int64)
-    return torch.equal(first, second)
+    return bool((first.numpy() == second.numpy()).all())

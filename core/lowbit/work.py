@@ -16,6 +16,7 @@ from lowbit.parts import TensorSpec
 from lowbit.plan import Action, Step
 from lowbit.proof import same_numbers
 from lowbit.registry import Registry
+from lowbit.streams import streamed
 from lowbit.tensors import PackedSpec, PackedTensor, QuantizedTensor
 
 
@@ -56,7 +57,10 @@ class Work:
     def _transcode(self, step: Step, value: PackedTensor) -> tuple[Value, ErrorSum]:
         assert step.packer is not None
         assert isinstance(step.target, PackedSpec)
-        quantized = self.registry.packers[value.layout].unpack(value)
+        source = self.registry.packers[value.layout]
+        if (result := streamed(value, source, step.packer, step.target)) is not None:
+            return result, ErrorSum()
+        quantized = source.unpack(value)
         result = step.packer.pack(lift(quantized, step.target.scheme))
         written = step.packer.unpack(result)
         error = ErrorSum() if same_numbers(quantized, written) else measure(dequantize(quantized), written)

@@ -13,24 +13,26 @@ codes of 3, 5, 6 and 7 bits were padded, floor(32 / b) to a word; the importer r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lowbit.interfaces import Packer
 from lowbit.parts import TensorSpec, torch_dtype
 from lowbit.scheme import Scheme, Zero
+from lowbit.streams import StreamPacker
 from lowbit.tensors import PackedTensor, QuantizedTensor
 from lowbit.workers import map_ranges
 from lowbit_formats.affine_rules import HALVES, AffineRules, zero_codes
 from lowbit_formats.int_words import pack_across, pack_words, unpack_across, unpack_words, word_count
 
 
-class CtPacker(Packer):
+class CtPacker(StreamPacker):
     """compressed-tensors, format pack-quantized, dense."""
 
     layout = "ct-pack"
+    stream_rows = 32
     rules: ClassVar[AffineRules] = AffineRules(
         "layout 'ct-pack'", (2, 3, 4, 5, 6, 7, 8), scales=(*HALVES, "float32"), permutation=True
     )
@@ -59,32 +61,51 @@ class CtPacker(Packer):
 
     def pack(self, quantized: QuantizedTensor) -> PackedTensor:
         """Arrange the parts. Raises WeightError for a code or a zero that its field cannot hold."""
-        scheme, parts = quantized.scheme, quantized.parts
-        buffers = {
-            "weight_packed": pack_across(parts["codes"], scheme.bits),
-            "weight_scale": parts["scales"].contiguous(),
-        }
-        if scheme.zero is Zero.INTEGER:
-            columns = zero_codes(parts["zeros"], scheme.bits).T  # (groups, out)
-            buffers["weight_zero_point"] = pack_words(columns, scheme.bits).T.contiguous()
-        buffers["weight_shape"] = torch.tensor(quantized.shape, device=parts["codes"].device)
-        if scheme.permutation:
-            buffers["weight_g_idx"] = parts["group_index"].contiguous()
-        return PackedTensor(self.spec(scheme, quantized.shape), buffers)
+        spec, device = self.spec(quantized.scheme, quantized.shape), quantized.parts["codes"].device
+        empty = {name: torch.empty(it.shape, dtype=it.dtype, device=device) for name, it in spec.buffers.items()}
+        codes = pack_across(quantized.parts["codes"], quantized.scheme.bits)
+        packed = PackedTensor(spec, {**empty, "weight_packed": codes})
+        self.write_parts(packed, 0, quantized.shape[0], quantized.parts)
+        return packed
 
     def unpack(self, packed: PackedTensor) -> QuantizedTensor:
         """Undo ``pack``."""
-        scheme, (rows, columns), buffers = packed.scheme, packed.shape, packed.buffers
-        parts = {
-            "codes": unpack_across(buffers["weight_packed"], scheme.bits, columns),
-            "scales": buffers["weight_scale"],
-        }
+        scheme, (rows, columns) = packed.scheme, packed.shape
+        codes = unpack_across(packed.buffers["weight_packed"], scheme.bits, columns)
+        return QuantizedTensor(scheme, packed.shape, {"codes": codes, **self.read_parts(packed, 0, rows)})
+
+    def read_parts(self, packed: PackedTensor, start: int, stop: int) -> dict[str, Tensor]:
+        """Return scales and zeros of some rows, and the index of groups."""
+        scheme, buffers = packed.scheme, packed.buffers
+        parts = {"scales": buffers["weight_scale"][start:stop]}
         if scheme.zero is Zero.INTEGER:
-            zeros = unpack_words(buffers["weight_zero_point"].T, scheme.bits, rows)  # (groups, out)
+            words = buffers["weight_zero_point"][start * scheme.bits // 32 : word_count(stop, scheme.bits)]
+            zeros = unpack_words(words.T, scheme.bits, stop - start)  # (groups, out)
             parts["zeros"] = zeros.T.to(torch.int16).contiguous()
         if scheme.permutation:
             parts["group_index"] = buffers["weight_g_idx"]
-        return QuantizedTensor(scheme, packed.shape, parts)
+        return parts
+
+    def write_parts(self, packed: PackedTensor, start: int, stop: int, parts: Mapping[str, Tensor]) -> None:
+        """Write scales and zeros of some rows; shape and index of groups with the first."""
+        scheme, buffers = packed.scheme, packed.buffers
+        buffers["weight_scale"][start:stop] = parts["scales"]
+        if scheme.zero is Zero.INTEGER:
+            columns = zero_codes(parts["zeros"], scheme.bits).T  # (groups, out)
+            words = buffers["weight_zero_point"][start * scheme.bits // 32 : word_count(stop, scheme.bits)]
+            words.copy_(pack_words(columns, scheme.bits).T)
+        if start == 0:
+            buffers["weight_shape"].copy_(torch.tensor(packed.shape))
+            if scheme.permutation:
+                buffers["weight_g_idx"].copy_(parts["group_index"])
+
+    def streams(self, packed: PackedTensor, start: int, stop: int) -> Tensor:
+        """Return rows of the codes: they are streams."""
+        return packed.buffers["weight_packed"][start:stop]
+
+    def put_streams(self, packed: PackedTensor, start: int, stop: int, streams: Tensor) -> None:
+        """Copy rows of the codes."""
+        packed.buffers["weight_packed"][start:stop] = streams
 
 
 def padded_width(codes: int, bits: int) -> int:

@@ -13,26 +13,36 @@ version of a symmetric file is a label on a constant, and the importer drops it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lowbit.interfaces import Packer
 from lowbit.parts import TensorSpec, torch_dtype
 from lowbit.scheme import Scheme, Zero
+from lowbit.streams import StreamPacker
 from lowbit.tensors import PackedTensor, QuantizedTensor
 from lowbit_formats.affine_rules import AffineRules, sequential_index, zero_codes
-from lowbit_formats.int_words import constant_words, pack_down, pack_words, unpack_down, unpack_words, word_count
+from lowbit_formats.int_words import (
+    constant_words,
+    pack_down,
+    pack_words,
+    turned,
+    unpack_down,
+    unpack_words,
+    word_count,
+)
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 """Widths of the layout; GPTQ files have 2, 3, 4 and 8, auto-round's also 5, 6 and 7."""
 
 
-class GptqPacker(Packer):
+class GptqPacker(StreamPacker):
     """GPTQ with v1 zeros, for symmetric weights."""
 
     layout = "gptq"
+    stream_rows = 64
     rules: ClassVar[AffineRules] = AffineRules(
         "layout 'gptq'",
         BITS,
@@ -57,34 +67,51 @@ class GptqPacker(Packer):
 
     def pack(self, quantized: QuantizedTensor) -> PackedTensor:
         """Arrange the parts. Raises WeightError for a code or a zero that its field cannot hold."""
-        scheme, parts = quantized.scheme, quantized.parts
-        codes = parts["codes"]
-        index = sequential_index(quantized.shape[1], scheme.group_size).to(codes.device)
-        buffers = {
-            "qweight": pack_down(codes, scheme.bits),
-            "qzeros": self._pack_zeros(quantized),
-            "scales": parts["scales"].T.contiguous(),
-            "g_idx": parts["group_index"].contiguous() if scheme.permutation else index,
-        }
-        return PackedTensor(self.spec(scheme, quantized.shape), buffers)
+        spec, device = self.spec(quantized.scheme, quantized.shape), quantized.parts["codes"].device
+        empty = {name: torch.empty(it.shape, dtype=it.dtype, device=device) for name, it in spec.buffers.items()}
+        codes = pack_down(quantized.parts["codes"], quantized.scheme.bits)
+        packed = PackedTensor(spec, {**empty, "qweight": codes})
+        self.write_parts(packed, 0, quantized.shape[0], quantized.parts)
+        return packed
 
     def unpack(self, packed: PackedTensor) -> QuantizedTensor:
         """Undo ``pack``."""
-        scheme, (rows, columns), buffers = packed.scheme, packed.shape, packed.buffers
-        parts = {
-            "codes": unpack_down(buffers["qweight"], scheme.bits, columns),
-            "scales": buffers["scales"].T.contiguous(),
-        }
+        scheme, (rows, columns) = packed.scheme, packed.shape
+        codes = unpack_down(packed.buffers["qweight"], scheme.bits, columns)
+        return QuantizedTensor(scheme, packed.shape, {"codes": codes, **self.read_parts(packed, 0, rows)})
+
+    def read_parts(self, packed: PackedTensor, start: int, stop: int) -> dict[str, Tensor]:
+        """Return scales and zeros of some rows, and the index of groups."""
+        scheme, buffers = packed.scheme, packed.buffers
+        parts = {"scales": buffers["scales"][:, start:stop].T.contiguous()}
         if scheme.zero is Zero.INTEGER:
-            zeros = unpack_words(buffers["qzeros"], scheme.bits, rows)  # (groups, out)
+            words = buffers["qzeros"][:, start * scheme.bits // 32 : stop * scheme.bits // 32]
+            zeros = unpack_words(words, scheme.bits, stop - start)  # (groups, out)
             parts["zeros"] = zeros.T.to(torch.int16).contiguous()
         if scheme.permutation:
             parts["group_index"] = buffers["g_idx"]
-        return QuantizedTensor(scheme, packed.shape, parts)
+        return parts
 
-    def _pack_zeros(self, quantized: QuantizedTensor) -> Tensor:
-        zeros = symmetric_zeros(quantized.scheme, quantized.shape, version=1)
-        return zeros.to(quantized.parts["codes"].device)
+    def write_parts(self, packed: PackedTensor, start: int, stop: int, parts: Mapping[str, Tensor]) -> None:
+        """Write scales and zeros of some rows, and the index of groups with the first."""
+        scheme, buffers = packed.scheme, packed.buffers
+        buffers["scales"][:, start:stop] = parts["scales"].T
+        words = buffers["qzeros"][:, start * scheme.bits // 32 : stop * scheme.bits // 32]
+        words.copy_(self._pack_zeros(scheme, (stop - start, packed.shape[1]), parts))
+        if start == 0:
+            sequential = sequential_index(packed.shape[1], scheme.group_size)
+            buffers["g_idx"].copy_(parts["group_index"] if scheme.permutation else sequential)
+
+    def streams(self, packed: PackedTensor, start: int, stop: int) -> Tensor:
+        """Return columns of words as rows."""
+        return turned(packed.buffers["qweight"][:, start:stop])
+
+    def put_streams(self, packed: PackedTensor, start: int, stop: int, streams: Tensor) -> None:
+        """Write rows of words as columns."""
+        packed.buffers["qweight"][:, start:stop] = turned(streams)
+
+    def _pack_zeros(self, scheme: Scheme, shape: tuple[int, int], parts: Mapping[str, Tensor]) -> Tensor:
+        return symmetric_zeros(scheme, shape, version=1)
 
 
 class GptqV2Packer(GptqPacker):
@@ -99,9 +126,8 @@ class GptqV2Packer(GptqPacker):
         elsewhere="symmetric weights have the layout 'gptq', float zeros 'plain'",
     )
 
-    def _pack_zeros(self, quantized: QuantizedTensor) -> Tensor:
-        bits = quantized.scheme.bits
-        return pack_words(zero_codes(quantized.parts["zeros"], bits).T, bits)
+    def _pack_zeros(self, scheme: Scheme, shape: tuple[int, int], parts: Mapping[str, Tensor]) -> Tensor:
+        return pack_words(zero_codes(parts["zeros"], scheme.bits).T, scheme.bits)
 
 
 def symmetric_zeros(scheme: Scheme, shape: tuple[int, int], version: int) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowbit import memory
 from lowbit.errors import CheckpointError
 from lowbit.interfaces import Calibration, Checkpoint, Entry, Importer, Metadata, SideFile, Value
 from lowbit.parts import TensorSpec
@@ -232,7 +233,7 @@ def _metadata(
 def _raw(source: _Source) -> Tensor:
     """Read the bytes of a tensor into memory of their own; safe from several threads."""
     info = source.info
-    raw = torch.empty(info.nbytes, dtype=torch.uint8)
+    raw = memory.empty((info.nbytes,), torch.uint8)
     view, done = raw.numpy().data, 0
     while done < info.nbytes:
         count = os.preadv(source.descriptor, [view[done:]], info.start + done)
