@@ -5,6 +5,7 @@ Everything is decided, compiled and loaded when the object is made, so that a ca
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +32,8 @@ class Split:
     units: int
 
 
-def split_row(units: int, tokens: int, clusters: bool) -> Split | None:
-    """Return how to share out a row of ``units``, or None when it is too long.
+def splits(units: int, tokens: int, clusters: bool) -> Iterator[Split]:
+    """Yield how a row of ``units`` can be shared out, the best first; nothing when it is too long.
 
     The activations of a warp stay in its registers: 32 for each unit and 8 tokens. So 28 warps have room for one unit, 16 for two
     (one, beyond 8 tokens); longer rows need a cluster, which only Hopper and later have.
@@ -42,8 +43,12 @@ def split_row(units: int, tokens: int, clusters: bool) -> Split | None:
         for most_warps, each in sorted(choices):
             warps = -(-units // (cluster * each))
             if warps <= most_warps:
-                return Split(cluster, warps, each)
-    return None
+                yield Split(cluster, warps, each)
+
+
+def split_row(units: int, tokens: int, clusters: bool) -> Split | None:
+    """Return the best way to share out a row of ``units``, or None when it is too long."""
+    return next(splits(units, tokens, clusters), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +77,25 @@ class GemvShape:
 
         Measured on an H200 (2026-11-21): 3 is best for one row of x and integer codes, 2 for several rows and for codebooks.
         """
-        split = self.split(capability)
-        most = (shared_bytes(capability) - 1024 - self.format.decoder.table_bytes - self.tile_bytes(capability)) // (
-            split.warps * split.units * self.format.nbytes
-        )
+        return self._stages(self.split(capability), capability)
+
+    def _stages(self, split: Split, capability: tuple[int, int]) -> int:
+        free = shared_bytes(capability) - 1024 - self.format.decoder.table_bytes - self._tile_bytes(split)
+        most = free // (split.warps * split.units * self.format.nbytes)
         return min(most, 3 if self.tokens == 1 and self.format.decoder.integer else 2)
 
     def split(self, capability: tuple[int, int]) -> Split:
         """Return how rows are shared out on a device; only when ``why_not`` is None."""
-        found = split_row(self.units, self.tokens, capability >= (9, 0))
-        assert found is not None
-        return found
+        return next(self._splits(capability))
+
+    def _splits(self, capability: tuple[int, int]) -> Iterator[Split]:
+        """Yield the ways that have room: for two stages, and in groups of 16 for the sums of x over each in registers."""
+        clusters = capability >= (9, 0)
+        for split in (split_row(self.units, self.tokens, clusters), *splits(self.units, self.tokens, clusters)):
+            if split is None or (self.format.group_size == 16 and split.units * split.warps > 16):
+                continue
+            if self._stages(split, capability) >= 2:
+                yield split
 
     def why_not(self, capability: tuple[int, int]) -> str | None:
         """Return None when a kernel of this shape runs on a device, else the reason."""
@@ -96,7 +109,7 @@ class GemvShape:
             return f"compute capability {capability[0]}.{capability[1]} is not known"
         if split_row(self.units, self.tokens, capability >= (9, 0)) is None:
             return f"in_features {self.in_features} needs more warps than a block has"
-        if self.stages(capability) < 2:
+        if next(self._splits(capability), None) is None:
             return f"needs more shared memory than the {shared_bytes(capability) // 1024} KiB of a block"
         return None
 
@@ -124,7 +137,9 @@ class GemvShape:
 
     def tile_bytes(self, capability: tuple[int, int]) -> int:
         """Return the shared memory of one row tile's sums."""
-        split = self.split(capability)
+        return self._tile_bytes(self.split(capability))
+
+    def _tile_bytes(self, split: Split) -> int:
         return 4 * ROWS * self.width * (split.warps + (split.cluster > 1))
 
     def batch(self, capability: tuple[int, int]) -> int:
