@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from lowbit_cuda.errors import CudaUnavailableError
-
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
 """Every kernel is compiled for these in CI, on a machine without a GPU."""
 
@@ -20,12 +18,3 @@ def capability_of(arch: str) -> tuple[int, int]:
     """Return the compute capability of an architecture name."""
     digits = arch.removeprefix("sm_").rstrip("af")
     return int(digits[:-1]), int(digits[-1])
-
-
-def device_capability(index: int) -> tuple[int, int]:
-    """Return the compute capability of CUDA device ``index``; raise CudaUnavailableError without one."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise CudaUnavailableError("no CUDA device is available to torch; the reference kernels run on the CPU")
-    return torch.cuda.get_device_capability(index)

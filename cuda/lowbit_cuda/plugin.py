@@ -28,6 +28,7 @@ from lowbit.tensors import PackedSpec, PackedTensor, QuantizedTensor
 from lowbit_cuda.available import capability_reason, why_not_cuda
 from lowbit_cuda.columns import column_order, gather, unit_group, why_not_groups
 from lowbit_cuda.decoder import CODEBOOK, affine_decoder
+from lowbit_cuda.errors import CudaError
 from lowbit_cuda.gemm import Dequantizer, Gemm, GemmShape, row_blocks
 from lowbit_cuda.gemv import TYPES, Gemv, GemvShape
 from lowbit_cuda.outliers import OutlierMatrix
@@ -115,8 +116,9 @@ class UnitsKernel(Kernel):
         return _dense(prepared, dtype)
 
     def matmul(self, x: Tensor, packed: PackedTensor, bias: Tensor | None = None) -> Tensor:
-        """Choose by the number of rows of x."""
+        """Choose by the number of rows of x. Raises CudaError for an x or a bias elsewhere than the weight."""
         prepared = self.prepare(packed)
+        _check_devices(prepared, x=x, bias=bias)
         (rows, columns), tokens = prepared.shape, x.numel() // prepared.shape[1]
         if x.dtype not in TYPES or not tokens:
             return functional.linear(x, self.dequantize(prepared, x.dtype), bias)
@@ -127,6 +129,13 @@ class UnitsKernel(Kernel):
                 if _multiply(flat, prepared, out, bias.to(x.dtype).contiguous() if bias is not None else None):
                     return out.reshape(*x.shape[:-1], rows)
         return functional.linear(x, _add_outliers(_dense(prepared, x.dtype), prepared), bias)
+
+
+def _check_devices(prepared: PackedTensor, **operands: Tensor | None) -> None:
+    there = prepared.buffers["units"].device
+    for name, operand in operands.items():
+        if operand is not None and operand.device != there:
+            raise CudaError(f"{name} is on {operand.device}, and the weight on {there}; move one to the other")
 
 
 def _multiply(x: Tensor, prepared: PackedTensor, out: Tensor, bias: Tensor | None) -> bool:

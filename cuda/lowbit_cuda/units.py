@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit_cuda.decoder import Decoder
+from lowbit_cuda.errors import CudaError
 from lowbit_cuda.program import KernelProgram
 
 ROWS, COLUMNS = 16, 256
@@ -87,10 +88,14 @@ def row_tiles(out_features: int) -> int:
 def pack_units(format: UnitFormat, codes: Tensor, scales: Tensor, offsets: Tensor | None = None) -> Tensor:
     """Arrange codes uint8 (out, in) and scales, offsets (out, groups) as uint8 (row tiles, units across, ``format.nbytes``).
 
-    Rows and columns are padded with codes and scales of 0. Raises ValueError when offsets are missing or too many.
+    Rows and columns are padded with codes and scales of 0. Raises ValueError when offsets are missing or too many, CudaError when a
+    code has more bits than the decoder reads.
     """
     if (offsets is None) != (format.offset == "CONSTANT"):
         raise ValueError(f"offsets {format.offset} {'need' if offsets is None else 'take no'} values for every group")
+    bits = format.decoder.bits
+    if bits < 8 and codes.numel() and (highest := int(codes.max())) >= 2**bits:
+        raise CudaError(f"code {highest} does not fit the {bits} bits of {format.decoder.name}; what made it is broken")
     tiles, units = row_tiles(codes.shape[0]), units_across(codes.shape[1])
     parts = [_code_bytes(_padded(codes, tiles * ROWS, units * COLUMNS), format.decoder)]
     for values in (scales,) if offsets is None else (scales, offsets):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowbit_cuda.decoder import AFFINE, CODEBOOK, affine_decoder
+from lowbit_cuda.errors import CudaError
 from lowbit_cuda.units import UnitFormat, pack_units
 
 MASK = 0xFFFFFFFF
@@ -122,3 +123,10 @@ def test_offsets_must_fit_the_format():
         pack_units(
             UnitFormat(AFFINE[4], 128, offset="ZEROS"), torch.zeros(16, 256, dtype=torch.uint8), torch.zeros(16, 2)
         )
+
+
+def test_codes_out_of_range_are_refused():
+    codes = torch.zeros(16, 256, dtype=torch.uint8)
+    codes[3, 7] = 9
+    with pytest.raises(CudaError, match="code 9 does not fit the 3 bits"):
+        pack_units(UnitFormat(AFFINE[3], 128), codes, torch.zeros(16, 2))

@@ -20,6 +20,7 @@ from lowbit import Grid, MatmulProblem, QuantLinear, ScaleFormat, Scheme, Zero
 from lowbit.kernels import ReferenceKernel
 from lowbit.scheme import Outliers, Rotation
 from lowbit.testing import KernelContract, samples
+from lowbit_cuda.errors import CudaError
 from lowbit_cuda.plugin import UnitsKernel, unit_format
 
 FORMATS = ("auto_round", "awq", "bitsandbytes", "compressed_tensors", "gguf", "gptq", "hqq", "mlx", "plain")
@@ -186,6 +187,31 @@ def test_operators_and_compiled_layers(layer_of, tokens):
 )
 def test_what_it_cannot_decode_is_refused(scheme, words):
     assert words in UnitsKernel(REGISTRY.packers).why_not(problem("plain", scheme))
+
+
+@pytest.mark.cuda
+@gpu
+def test_operands_elsewhere_are_refused(layer_of):
+    layer = layer_of(torch.float16)
+    x = torch.randn(2, 1024, dtype=torch.float16)
+    prepared, kernel = layer.prepared(), layer.kernel
+    with pytest.raises(CudaError, match="x is on cpu, and the weight on cuda:0; move one to the other"):
+        kernel.matmul(x, prepared)
+    with pytest.raises(CudaError, match="bias is on cpu"):
+        kernel.matmul(x.cuda(), prepared, torch.zeros(256).half())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_a_layer_on_another_device_than_the_current_one(layer_of):
+    layer = layer_of(torch.float16)
+    for tokens in (1, 33, 129):
+        x = torch.randn(tokens, 1024, device="cuda:0").half()
+        expected, there = layer.cuda(0)(x), layer.cuda(1)(x.to("cuda:1"))
+        assert there.device == torch.device("cuda:1")
+        assert torch.equal(there.cpu(), expected.cpu())
+    with pytest.raises(CudaError, match="x is on cuda:0, and the weight on cuda:1"):
+        layer.kernel.matmul(x, layer.prepared())
 
 
 def test_other_devices_and_dtypes_are_refused():

@@ -319,6 +319,16 @@ def test_several_devices_give_the_bits_of_one():
             assert_same_quantized(quantize_over(weight, options, devices), expected, str(devices))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize("codebook", ["nf", "learned"])
+def test_a_large_tensor_over_two_gpus(codebook):
+    weight = gaussian(1001, 4096).half().cuda(1)
+    options = KbitOptions(4, 64, codebook)
+    found = quantize_over(weight, options, ["cuda:0", "cuda:1"])
+    assert {part.device for part in found.parts.values()} == {weight.device}
+    assert_same_quantized(found, QUANTIZER.quantize(weight, options), "two GPUs")
+
+
 def test_given_scales_keep_their_bits():
     weight = gaussian(16, 64).cuda()
     options = KbitOptions(4, 64, "nf", "search", candidates=3)
