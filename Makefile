@@ -27,7 +27,7 @@ test-oracles: $(ORACLES)  ## checks against software that others wrote, on a rea
 	$(RUN) -m pytest -q tests/oracles
 
 test-gpu:  ## the kernels on an NVIDIA GPU, with whatever Python has torch, pytest and cuda-core there
-	PYTHONPATH=core:cuda:formats:plugins/kbit $(PYTHON) -m pytest -q -p no:cacheprovider -m cuda tests/cuda plugins/kbit
+	PYTHONPATH=core:cuda:formats:plugins/kbit:plugins/binary $(PYTHON) -m pytest -q -p no:cacheprovider -m cuda tests/cuda plugins/kbit plugins/binary
 
 bench-smoke: $(READY)  ## every benchmark once, without timing, and the gate on machine-independent figures
 	$(RUN) -m pytest -q bench --benchmark-disable

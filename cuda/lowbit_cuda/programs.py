@@ -11,6 +11,7 @@ from lowbit_cuda.decoder import AFFINE, CODEBOOK
 from lowbit_cuda.gemm import Dequantizer, GemmShape
 from lowbit_cuda.gemv import GemvShape
 from lowbit_cuda.outliers import outlier_program
+from lowbit_cuda.popcount import PopcountShape
 from lowbit_cuda.program import KernelProgram
 from lowbit_cuda.scatter import scatter_program
 from lowbit_cuda.units import UnitFormat
@@ -22,7 +23,7 @@ COLUMNS = 4096
 def programs(arch: str) -> Sequence[KernelProgram]:
     """Return products of one row, eight and 64, and the dequantizer, for every decoder, in groups of 128, as far as ``arch`` has room.
 
-    And what serves groups of 16, act-order and outliers, once each.
+    And what serves groups of 16, act-order, outliers and signs, once each.
     """
     capability, found = capability_of(arch), []
     for decoder in (*AFFINE.values(), *CODEBOOK.values()):
@@ -40,4 +41,6 @@ def programs(arch: str) -> Sequence[KernelProgram]:
     found.append(scatter_program(sixteens, torch.float16))
     for entry in ("lowbit_outlier_product", "lowbit_outlier_add"):
         found.append(outlier_program(entry, torch.float16, torch.int16, torch.float16))
+    signs = PopcountShape(COLUMNS, COLUMNS)
+    found += [signs.program(capability)] if signs.why_not(capability) is None else []
     return found

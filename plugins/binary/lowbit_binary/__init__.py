@@ -1,4 +1,4 @@
-"""Binary weights for lowbit: sums and products of sign planes, a layout of bit planes, and XOR with popcount on a CPU."""
+"""Binary weights for lowbit: sums and products of sign planes, a layout of bit planes, and products that count bits."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ def lowbit_register_packers(register: Callable[[Packer], None]) -> None:
 
 @hookimpl
 def lowbit_register_kernels(register: Callable[[Kernel], None]) -> None:
-    """Register the plain-torch kernel of the layout and the one that counts bits."""
+    """Register the plain-torch kernel of the layout and those that count bits."""
     from lowbit import ReferenceKernel
+    from lowbit_binary.cuda import CudaPopcountKernel
     from lowbit_binary.kernel import PopcountKernel
     from lowbit_binary.packer import WordsPacker
 
     register(ReferenceKernel(WordsPacker()))
     register(PopcountKernel())
+    register(CudaPopcountKernel())
