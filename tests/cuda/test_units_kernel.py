@@ -164,6 +164,7 @@ def test_layers_train_and_are_captured(layer_of, tokens, dtype):
 @pytest.mark.cuda
 @gpu
 @pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.11's own, of its compiler
 def test_operators_and_compiled_layers(layer_of, tokens):
     """What torch asks of an operator; one graph without a break, with the same bits."""
     layer = layer_of(torch.float16)
