@@ -68,6 +68,16 @@ def test_weights_beyond_float16_are_refused(name, value):
         quantize(weight, name)
 
 
+@every_type
+@pytest.mark.parametrize("calibrated", [False, True], ids=["plain", "imatrix"])
+@pytest.mark.parametrize("bits", [0x7FC00000, -0x400000, 0x7F800000, -0x800000], ids=["nan", "-nan", "inf", "-inf"])
+def test_weights_that_are_no_numbers_are_refused(name, bits, calibrated):
+    weight = gaussian(SHAPE)
+    weight.view(torch.int32)[5, 300] = bits
+    with pytest.raises(WeightError, match="holds NaN or infinity"):
+        quantize(weight, name, torch.ones(SHAPE[1]) if calibrated else None)
+
+
 @pytest.mark.parametrize(
     ("importance", "sentence"),
     [

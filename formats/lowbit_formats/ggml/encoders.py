@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit_formats.ggml.affine_search import search_affine
+from lowbit_formats.ggml.limits import check_weights
 from lowbit_formats.ggml.rounded_types import (
     Parts,
     round_absmax,
@@ -88,6 +89,7 @@ def encode_signed(x: Tensor, importance: Tensor | None, bits: int, size: int) ->
     """Q4_0, Q5_0: rounded to the extreme of a group, or searched when calibrated. Q2_0: searched always."""
     if importance is None and bits > 2:
         return round_signed(x, bits, size)
+    check_weights(x)
     groups = x.view(-1, size)
     weights = torch.ones_like(groups) if importance is None else _calibrated(x, importance, size, size)
     weighted = WeightedGroups(groups, weights)
@@ -129,3 +131,8 @@ ENCODERS: Mapping[str, Encoder] = {
     "q1_0": sign_planes,
 }
 """The encoder of every type."""
+
+CHECKING = frozenset(("q4_0", "q5_0", "q2_0", "q8_0", "mxfp4", "tq1_0", "tq2_0"))
+"""Types whose encoders refuse NaN, infinity and weights beyond float16 by themselves: where extremes are known, that costs no pass."""
+ROUNDED = frozenset(("q4_0", "q5_0", "q8_0", "tq1_0", "tq2_0"))
+"""Types that are rounded without a search, unless calibrated, in a few passes."""

@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit_formats.ggml.limits import check_extremes
 from lowbit_formats.ggml.scratch import SCRATCH
 from lowbit_formats.ggml.two_level import to_half
-from lowbit_formats.ggml.weighted_groups import group_extremes, reciprocal
+from lowbit_formats.ggml.weighted_groups import LEAST, extremes_and_negated, reciprocal
 
 Parts = dict[str, Tensor]
 
@@ -22,11 +23,12 @@ Parts = dict[str, Tensor]
 def round_signed(x: Tensor, bits: int, size: int) -> Parts:
     """Q4_0, Q5_0: the extreme of a group becomes code 0, which has no positive counterpart."""
     half = 1 << bits - 1
-    groups = x.view(-1, size)
-    scales = group_extremes(groups).div_(-half)
-    values = _scaled(groups, reciprocal(scales)).add_(half + 0.5)
+    extremes, negated = extremes_and_negated(x.view(-1, size))
+    smallest = check_extremes(extremes.abs(), x)
+    scales = extremes.div_(half)
+    values = negated.mul_(_inverse(scales, smallest / half)).add_(half + 0.5)
     codes = _truncated(values).clamp_(max=2 * half - 1)
-    return {"codes": codes.view(torch.uint8), "scales": to_half(scales)}
+    return {"codes": codes.view(torch.uint8), "scales": scales.neg_().half()}
 
 
 def round_range(x: Tensor, bits: int, size: int) -> Parts:
@@ -43,17 +45,18 @@ def round_range(x: Tensor, bits: int, size: int) -> Parts:
 def round_absmax(x: Tensor, size: int = 32) -> Parts:
     """Q8_0: codes -127 to 127, stored with 128 added."""
     groups = x.view(-1, size)
-    scales = absmax(groups).div_(127)
-    codes = _round_half_away(_scaled(groups, reciprocal(scales)))
-    return {"codes": codes.view(torch.uint8).bitwise_xor_(128), "scales": to_half(scales)}
+    scales = absmax(groups)
+    smallest = check_extremes(scales, groups)
+    inverse = _inverse(scales.div_(127), smallest / 127)
+    return {"codes": _rounded(groups, inverse, 128), "scales": scales.half()}
 
 
 def round_ternary(x: Tensor, size: int = 256) -> Parts:
     """TQ1_0, TQ2_0: -1, 0, 1 times the absmax of a block; exact for weights that are ternary already."""
     groups = x.view(-1, size)
     scales = absmax(groups)
-    codes = _round_half_away(_scaled(groups, reciprocal(scales)))
-    return {"codes": codes.add_(1).view(torch.uint8), "scales": to_half(scales)}
+    smallest = check_extremes(scales, groups)
+    return {"codes": _rounded(groups, _inverse(scales, smallest), 1), "scales": scales.half()}
 
 
 def round_mxfp4(x: Tensor, size: int = 32) -> Parts:
@@ -64,6 +67,7 @@ def round_mxfp4(x: Tensor, size: int = 32) -> Parts:
     """
     groups = x.view(-1, size)
     magnitudes = absmax(groups)
+    check_extremes(magnitudes, groups)
     exponents = (
         torch.frexp(magnitudes).exponent.add_(124).clamp_(3, 254)
     )  # frexp's mantissa is below 1: 2**(e - 1) <= |x|
@@ -93,12 +97,13 @@ def absmax(groups: Tensor) -> Tensor:
 
     Magnitudes are ordered as their bits are, and whole numbers are compared twice as fast.
     """
-    bits = torch.bitwise_and(groups.view(torch.int32), 0x7FFFFFFF, out=SCRATCH.room("bits", groups, torch.int32))
-    return bits.amax(1).view(torch.float32)
+    magnitudes = torch.abs(groups, out=SCRATCH.room("values", groups))
+    return magnitudes.view(torch.int32).amax(1).view(torch.float32)
 
 
-def _scaled(groups: Tensor, factors: Tensor) -> Tensor:
-    return torch.mul(groups, factors.unsqueeze(1), out=SCRATCH.room("values", groups))
+def _inverse(scales: Tensor, smallest: float) -> Tensor:
+    """Return 1 / scales (groups, 1), 0 where ``reciprocal`` says so; the smallest magnitude tells whether it must look."""
+    return (scales.reciprocal() if smallest > 2 * LEAST else reciprocal(scales)).unsqueeze(1)
 
 
 def _truncated(values: Tensor) -> Tensor:
@@ -106,17 +111,18 @@ def _truncated(values: Tensor) -> Tensor:
     return SCRATCH.room("codes", values, torch.int8).copy_(values)
 
 
-def _round_half_away(values: Tensor) -> Tensor:
-    """Round to int8 as C's ``roundf`` does; values are overwritten.
+def _rounded(groups: Tensor, factors: Tensor, offset: int) -> Tensor:
+    """Return ``offset`` plus groups * factors rounded as C's ``roundf`` does, halves away from zero: uint8, in the scratch room.
 
-    The largest float32 below 0.5, added with the sign of a value, carries it past the next whole number exactly when its
-    fraction is at least one half; 0.5 itself would round 0.49999997 up.
+    With t twice the product, cut to a whole number, that is (t + 1) // 2 for t >= 0 and t // 2 below: rounding down, as shifts do.
     """
-    halves = torch.bitwise_and(values.view(torch.int32), -(1 << 31), out=SCRATCH.room("bits", values, torch.int32))
-    return _truncated(values.add_(halves.bitwise_or_(_BELOW_HALF).view(torch.float32)))
+    doubled = torch.mul(groups, 2 * factors, out=SCRATCH.room("values", groups))
+    whole = SCRATCH.room("whole", groups, torch.int16).copy_(doubled)
+    signs = torch.bitwise_right_shift(whole, 15, out=SCRATCH.room("signs", groups, torch.int16))
+    whole.add_(signs).add_(2 * offset + 1).bitwise_right_shift_(1)
+    return SCRATCH.room("bytes", groups, torch.uint8).copy_(whole)
 
 
-_BELOW_HALF = 0x3EFFFFFF  # the bits of 0.5 - 2**-25
 _E2M1_SLOTS = 32
 
 

@@ -7,7 +7,6 @@ take 1.6 ns a weight with arrays that are there, 7.4 ns with new ones; whole con
 
 from __future__ import annotations
 
-import math
 import threading
 
 import torch
@@ -18,6 +17,7 @@ class Scratch(threading.local):
     """Arrays by name, one set for each thread; what ``room`` returned is overwritten when its name is asked for again."""
 
     def __init__(self) -> None:
+        self._arrays: dict[tuple[str, torch.dtype, bool], Tensor] = {}
         self._rooms: dict[tuple[str, torch.dtype, bool], Tensor] = {}
 
     def room(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -25,16 +25,15 @@ class Scratch(threading.local):
         dtype = dtype or like.dtype
         if like.device.type != "cpu":
             return torch.empty_like(like, dtype=dtype)
-        key = (
-            name,
-            dtype,
-            torch.is_inference_mode_enabled(),
-        )  # torch lets no other mode write to an array of inference mode
+        # torch lets no other mode write to an array of inference mode
+        key = (name, dtype, torch.is_inference_mode_enabled())
         found = self._rooms.get(key)
-        count = math.prod(like.shape)
-        if found is None or found.numel() < count:
-            found = self._rooms[key] = torch.empty(count, dtype=dtype)
-        return found[:count].view(like.shape)
+        if found is None or found.shape != like.shape:
+            count, found = like.numel(), self._arrays.get(key)
+            if found is None or found.numel() < count:
+                found = self._arrays[key] = torch.empty(count, dtype=dtype)
+            found = self._rooms[key] = found[:count].view(like.shape)
+        return found
 
 
 SCRATCH = Scratch()

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit_formats.ggml.limits import FLOAT16_MAX
 from lowbit_formats.ggml.scale_search import WholeNumbers, search_scale
 from lowbit_formats.ggml.weighted_groups import LEAST, CodeSums, WeightedGroups, quotient, reciprocal
 
 UNIT_FACTORS = (1.0, 0.97, 0.94, 1.04)
-FLOAT16_MAX = 65504.0
 
 
 def to_half(values: Tensor) -> Tensor:

@@ -80,16 +80,22 @@ def quotient(above: Tensor, below: Tensor) -> Tensor:
 
 
 def group_extremes(groups: Tensor) -> Tensor:
-    """Return the weight of largest magnitude of each group with its sign, the first of several: (groups, size) to (groups,).
+    """Return the weight of largest magnitude of each group with its sign, the first of several: (groups, size) to (groups,)."""
+    return extremes_and_negated(groups)[0]
+
+
+def extremes_and_negated(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``group_extremes``, and the negated groups in the scratch room ``values``.
 
     The bits of floats, read as whole numbers, order positive ones rightly and stay below zero for the others; they are compared
     twice as fast. A group without a positive weight has some ``high`` that is not above zero.
     """
     negated = torch.neg(groups, out=SCRATCH.room("values", groups))
     high, depth = (values.view(torch.int32).amax(1).view(torch.float32) for values in (groups, negated))
-    extremes = torch.where(high > depth, high, -depth)
-    tied = ((high == depth) & (high > 0)).nonzero().squeeze(1)
-    if len(tied):
+    lead = high - depth
+    extremes = torch.maximum(high, depth).copysign_(lead)
+    if int(lead.count_nonzero()) < len(lead):
+        tied = (lead == 0).nonzero().squeeze(1)
         first = groups[tied].abs().argmax(1, keepdim=True)
-        extremes[tied] = groups[tied].gather(1, first).squeeze(1)
-    return extremes
+        extremes[tied] = groups[tied].gather(1, first).squeeze(1) + 0.0  # -0 + 0 is 0
+    return extremes, negated
