@@ -16,7 +16,7 @@ import lowbit_formats.gptq
 import lowbit_formats.hqq
 import lowbit_formats.mlx
 import lowbit_formats.plain
-from lowbit import Grid, MatmulProblem, QuantLinear, ScaleFormat, Scheme, Zero
+from lowbit import Grid, MatmulProblem, PackedTensor, QuantizedTensor, QuantLinear, ScaleFormat, Scheme, Zero
 from lowbit.kernels import ReferenceKernel
 from lowbit.scheme import Outliers, Rotation
 from lowbit.testing import KernelContract, samples
@@ -55,7 +55,6 @@ SCHEMES = {
     "ct-pack": [Scheme(Grid.AFFINE, 4, 128, scales=HALF)],
     "mlx-affine": [Scheme(Grid.AFFINE, 4, 64, Zero.MINIMUM, HALF)],
 }
-SHAPES = ((96, 512), (64, 1024))
 ODD_SHAPES = ((37, 200), (5, 99), (130, 392))
 ODD_SCHEMES = [
     Scheme(Grid.AFFINE, 4, 128, scales=HALF),
@@ -65,11 +64,38 @@ ODD_SCHEMES = [
     Scheme(Grid.CODEBOOK, 3, 64, scales=HALF),
     Scheme(Grid.CODEBOOK, 6, 24, scales=HALF),
 ]
+GGUF = [
+    f"gguf-{name}"
+    for name in [
+        "q2_0",
+        "q4_0",
+        "q4_1",
+        "q5_0",
+        "q5_1",
+        "q8_0",
+        "q2_k",
+        "q3_k",
+        "q4_k",
+        "q5_k",
+        "q6_k",
+        "tq2_0",
+        "iq4_nl",
+        "mxfp4",
+    ]
+]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
 def problem(layout, scheme, **changes):
     return replace(MatmulProblem(layout, scheme, (64, 512), torch.float16, "cuda", (9, 0)), **changes)
+
+
+def sample(packer, scheme, shape, seed):
+    """A packed weight; the codebook is the layout's where that fixes one."""
+    quantized = samples.quantized(scheme, shape, seed)
+    if packer.codebook is not None:
+        quantized = QuantizedTensor(scheme, shape, {**quantized.parts, "codebook": packer.codebook})
+    return packer.pack(quantized)
 
 
 @pytest.mark.cuda
@@ -79,9 +105,7 @@ class TestUnitsKernel(KernelContract):
     def kernel(self):
         return UnitsKernel(REGISTRY.packers)
 
-    @pytest.fixture(
-        params=[*SCHEMES, "gguf-q4_0", "gguf-q8_0", "gguf-q4_1", "gguf-q4_k", "gguf-q6_k", "gguf-q2_k", "gguf-iq4_nl"]
-    )
+    @pytest.fixture(params=[*SCHEMES, *GGUF])
     def packer(self, request):
         return REGISTRY.packers[request.param]
 
@@ -91,16 +115,24 @@ class TestUnitsKernel(KernelContract):
 
     @pytest.fixture
     def examples(self, kernel, packer):
+        if packer.layout == "plain":
+            odd = [(scheme, shape) for scheme in ODD_SCHEMES[:2] for shape in ODD_SHAPES]
+            odd += [(scheme, ODD_SHAPES[1]) for scheme in ODD_SCHEMES[2:]]
+            return [(scheme, (96, 512)) for scheme in SCHEMES["plain"]] + [(SCHEMES["plain"][3], (64, 1024))] + odd
         if packer.layout in SCHEMES:
-            odd = (
-                [(scheme, shape) for scheme in ODD_SCHEMES for shape in ODD_SHAPES] if packer.layout == "plain" else []
-            )
-            return [(scheme, shape) for scheme in SCHEMES[packer.layout] for shape in SHAPES] + odd
-        return [
-            (scheme, (64, 512))
-            for scheme, _ in samples.REPRESENTATIVES
-            if packer.why_not(scheme, (64, 512)) is None and kernel.why_not(problem(packer.layout, scheme)) is None
-        ]
+            return [(scheme, (96, 512)) for scheme in SCHEMES[packer.layout]]
+        return [(packer.scheme, (64, 512))]  # a GGUF type has one
+
+    @pytest.fixture
+    def problems(self, kernel, packer, examples):
+        """The contract's, with the codebook of layouts that have a fixed one."""
+        found = []
+        for seed, (scheme, shape) in enumerate(examples):
+            assert kernel.why_not(problem(packer.layout, scheme, shape=shape)) is None
+            packed = sample(packer, scheme, shape, seed)
+            there = PackedTensor(packed.spec, {name: buffer.cuda() for name, buffer in packed.buffers.items()})
+            found += [(there, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+        return found
 
     @pytest.fixture
     def tolerance(self):
@@ -239,6 +271,7 @@ def test_units_prepared_on_a_cpu_are_those_of_the_format():
 ON_A_CPU = [
     *((layout, scheme, (40, 512)) for layout, schemes in SCHEMES.items() for scheme in schemes),
     *(("plain", scheme, shape) for scheme in ODD_SCHEMES for shape in ODD_SHAPES),
+    *((layout, REGISTRY.packers[layout].scheme, (40, 512)) for layout in (*GGUF, "gguf-tq1_0")),
 ]
 
 
@@ -247,7 +280,7 @@ ON_A_CPU = [
 )
 def test_units_hold_the_weight(layout, scheme, shape):
     """What kernels will read, read slowly: codes, scales, order of columns and outliers make up the reference's weight."""
-    packed = REGISTRY.packers[layout].pack(samples.quantized(scheme, shape, 1))
+    packed = sample(REGISTRY.packers[layout], scheme, shape, 1)
     prepared = UnitsKernel(REGISTRY.packers).prepare(packed)
     format, buffers = unit_format(scheme, shape), prepared.buffers
     source = buffers.get("source", torch.arange(shape[1]))
