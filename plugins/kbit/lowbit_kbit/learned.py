@@ -9,9 +9,13 @@ Fitted to a sample of whole groups, drawn by ``seed``, in float64 on the CPU: th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from lowbit.errors import OptionError
 from lowbit.workers import map_ranges
 from lowbit_kbit.arithmetic import absmax, check_finite, reciprocals, signed_absmax, store
 from lowbit_kbit.encoders import make_encoder
@@ -46,6 +50,29 @@ def learn_codebook(weight: Tensor, size: int, options: KbitOptions, importance: 
         scales = _searched(groups, extremes, codebook, options, weights)
         codebook = _fit(groups, scales, weights, options.bits, codebook)
     return codebook / codebook.abs().max()
+
+
+def with_shared_codebook(weights: Iterable[Tensor], options: KbitOptions) -> KbitOptions:
+    """Return ``options`` with one codebook fitted to all ``weights`` (out, in), as ``codebook=user``: a model's instead of a tensor's.
+
+    Every weight counts alike: its sample is divided by its root mean square. Raises OptionError without weights, or for whole rows
+    as groups when these differ in length; WeightError for NaN or infinity.
+    """
+    pieces = []
+    for weight in weights:
+        size = min(options.group_size or weight.shape[1], weight.shape[1])
+        groups, _ = _sample(weight, size, options, None)
+        check_finite(groups)
+        pieces.append(
+            (groups / groups.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)).view(-1, size)
+        )
+    if len({piece.shape[1] for piece in pieces}) != 1:
+        raise OptionError(
+            "a shared codebook needs weights whose groups have one size; give group_size, and one weight or more"
+        )
+    codebook = learn_codebook(torch.cat(pieces), pieces[0].shape[1], options, None)
+    entries = codebook.clamp(-1, 1).tolist()  # a scale that was rounded down leaves an entry a little beyond
+    return replace(options, codebook="user", entries="/".join(map(repr, entries)))
 
 
 def _sample(weight: Tensor, size: int, options: KbitOptions, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
