@@ -129,10 +129,11 @@ class Target:
         if self.variant in variants:
             names = (name for name, entry in entries.items() if is_matrix(entry) and is_linear_name(name))
             return dict.fromkeys(names, variants[self.variant])
-        known = ", ".join(dict.fromkeys((*variants, *exporter.mixes()))) or "none"
+        known = ", ".join(dict.fromkeys((*variants, *exporter.mixes())))
         reason = exporter.why_no_variant(self.variant)
         because = f": {reason}" if reason else ""
-        raise OptionError(f"format {self.format!r} has no variant {self.variant!r}{because}; it has {known}")
+        way_out = f"it has {known}" if known else f"it has none, write --format {self.format}"
+        raise OptionError(f"format {self.format!r} has no variant {self.variant!r}{because}; {way_out}")
 
 
 def make_plan(

@@ -128,6 +128,12 @@ class GptqExporter(FolderExporter):
             return f"GPTQ files have 2, 3, 4 or 8 bits, not {scheme.bits}; the format 'compressed-tensors' has 2 to 8"
         return None
 
+    def why_no_variant(self, name: str) -> str | None:
+        """Say what decides the version of the zeros."""
+        if name not in ("v1", "v2", *self.layouts):
+            return None
+        return "symmetric weights go out as v1, others as v2, because a zero point of 0 has no portable code in v1"
+
     def quantization_config(self, packed: Mapping[str, PackedSpec], plain: Collection[str]) -> dict[str, Any]:
         """Return the config with the most frequent setting, and the others in ``dynamic``."""
         settings = by_setting(packed)

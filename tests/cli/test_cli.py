@@ -121,6 +121,10 @@ def test_the_same_seed_gives_the_same_bytes(model, tmp_path):
             ("_proj.weight: format 'gguf' cannot hold a codebook", "these formats can: ", "native"),
         ),
         (("model", "out.gguf", "-q", "autoround", "--format", "gguf:q9"), ("no variant 'q9'", "q4_0")),
+        (
+            ("model", "out", "-q", "autoround", "--format", "gptq:v1"),
+            ("no variant 'v1'", "others as v2", "--format gptq"),
+        ),
         (("model", "nowhere/out", "-q", "kbit"), ("nowhere", "create it first")),
         (("model", "model", "-q", "kbit"), ("exists", "--overwrite")),
     ],
