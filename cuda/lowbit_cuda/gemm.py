@@ -17,12 +17,12 @@ from lowbit_cuda.errors import CudaError
 from lowbit_cuda.gemv import TYPES
 from lowbit_cuda.launch import Launcher, shared_bytes
 from lowbit_cuda.program import KernelProgram
-from lowbit_cuda.units import UnitFormat, row_tiles, units_across
+from lowbit_cuda.units import ROWS, UnitFormat, row_tiles, units_across
 
 KERNELS = Path(__file__).parent / "kernels"
 WIDTHS = (16, 32, 64)
-ROWS, WARPS = 256, 16
-"""Rows of W and warps of a block: as in ``gemm.cuh``."""
+WARPS, ROW_TILES = 8, 16
+"""Warps and row tiles of a block: as in ``gemm.cuh``."""
 _DEQUANTIZE_WARPS = 8
 OUTPUTS = {**TYPES, torch.float32: "float"}
 BFLOAT16_POWER = 6
@@ -31,7 +31,7 @@ BFLOAT16_POWER = 6
 
 def row_blocks(out_features: int) -> int:
     """Return the blocks of rows of W: what a GEMM counts arrivals for."""
-    return -(-out_features // ROWS)
+    return -(-row_tiles(out_features) // ROW_TILES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class GemmShape:
         return self.stages(capability) * self._stage() + self.format.decoder.table_bytes
 
     def _stage(self) -> int:
-        return self.width * 512 + WARPS * self.format.nbytes
+        return self.width * 512 + ROW_TILES * self.format.nbytes
 
     def why_not(self, capability: tuple[int, int]) -> str | None:
         """Return None when a kernel of this shape runs on a device, else the reason."""
@@ -127,9 +127,9 @@ class Gemm:
         shape, power = self.shape, 0
         if x.dtype == torch.bfloat16:
             x, power = torch.mul(x, 2.0**-BFLOAT16_POWER, out=torch.empty_like(x, dtype=torch.float16)), BFLOAT16_POWER
-        partial = torch.empty(2 * self.grid * ROWS * shape.width, dtype=torch.float32, device=x.device)
+        partial = torch.empty(2 * self.grid * ROW_TILES * ROWS * shape.width, dtype=torch.float32, device=x.device)
         integers = (x.shape[0], shape.in_features, shape.out_features, x.stride(0), out.stride(0))
-        sizes = (row_tiles(shape.out_features), units_across(shape.in_features), shape.steps, self.items)
+        sizes = (row_tiles(shape.out_features), shape.steps, self.items)
         self._launcher.launch(
             self._config,
             [

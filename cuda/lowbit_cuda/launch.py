@@ -35,6 +35,7 @@ class Launcher:
         self._device = Device(torch.cuda.current_device())
         self._device.set_current()
         self.shared = shared
+        self._streams: dict[int, Any] = {}
         self.kernel = program.compile(architecture(torch.cuda.get_device_capability())).get_kernel(program.entry)
         if shared:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -81,14 +82,18 @@ class Launcher:
         if not getattr(_threads, str(self._device.device_id), False):
             self._device.set_current()  # torch's backward threads come without a context
             setattr(_threads, str(self._device.device_id), True)
-        launch(self._device.create_stream(_TorchStream(torch.cuda.current_stream())), config, self.kernel, *arguments)
+        # the raw handle and one object for each: asking torch for its stream took a fifth of a call (H200, 2026-11-21)
+        handle = torch._C._cuda_getCurrentRawStream(self._device.device_id)
+        if (stream := self._streams.get(handle)) is None:
+            stream = self._streams[handle] = self._device.create_stream(_RawStream(handle))
+        launch(stream, config, self.kernel, *arguments)
 
 
-class _TorchStream:
-    """A torch stream as cuda.core takes it."""
+class _RawStream:
+    """A stream of torch as cuda.core takes it."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
 
     def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, int(self._stream.cuda_stream)
+        return 0, self._handle

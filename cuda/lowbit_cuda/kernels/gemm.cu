@@ -8,8 +8,8 @@ using Kernel = lowbit::Gemm<LOWBIT_DECODER, Unit, LOWBIT_TYPE, LOWBIT_TOKENS, LO
 extern "C" __global__ void __launch_bounds__(Kernel::WARPS * 32, 1)
     lowbit_gemm(const char* weights, const float* codebook, const __half* x, const LOWBIT_TYPE* bias, LOWBIT_TYPE* y,
                 float* partial, int* arrived, int tokens, int in_features, int out_features, int x_stride, int y_stride, int tiles,
-                int units, int steps, int items, float zero, float factor) {
-  Kernel::run({weights, codebook, x, partial, arrived, tokens, in_features, out_features, x_stride, y_stride, tiles, units, steps,
+                int steps, int items, float zero, float factor) {
+  Kernel::run({weights, codebook, x, partial, arrived, tokens, in_features, out_features, x_stride, y_stride, tiles, steps,
                items, zero, factor},
               bias, y);
 }

@@ -149,7 +149,7 @@ struct Gemv {
 
   // Sum over the warps, and over the cluster, of `count` row tiles in shared memory, and store them to y.
   static __device__ __forceinline__ void flush(float* sums, float* shares, int count, int first_row, const T* bias, T* y,
-                                               const GemvArguments& a) {
+                                               const GemvArguments& a, bool more) {
     auto store = [&](int i, float value) {
       const int token = i % TOKENS, row = first_row + i / TOKENS;
       if (token >= a.tokens || row >= a.out_features) return;
@@ -180,7 +180,7 @@ struct Gemv {
         for (int other = 0; other < CLUSTER; ++other) value += shares[(i / CLUSTER) * CLUSTER + other];
         store(i, value);
       }
-      cluster_barrier();
+      if (more) cluster_barrier();
     } else {
       __syncthreads();
     }
@@ -204,6 +204,7 @@ struct Gemv {
     const char* source = a.weights + begin * stride + static_cast<long long>(first) * Unit::BYTES + lane * 16;
 
     launch_dependents();
+    if (CLUSTER > 1) cluster_arrive();
     uint4 raw[BLOCKS][UNITS][8];
     auto load = [&]() {
       wait_for_previous();
@@ -243,7 +244,7 @@ struct Gemv {
       for (int block = 0; block < BLOCKS; ++block) scale_x(fragments[unit][block], raw[block][unit]);
       if (SUMS) sum_x(x_sums[unit], fragments[unit], a.zero);
     }
-    if (CLUSTER > 1) cluster_barrier();  // every block runs before anyone writes into it
+    if (CLUSTER > 1) cluster_wait();  // every block runs before anyone writes into it
 
     const Table where = {shared_address(table), static_cast<uint32_t>(lane * 4)};
     const int g = lane >> 2, t = lane & 3;
@@ -271,7 +272,7 @@ struct Gemv {
       next = now;
       now = now + STAGE_BYTES == STAGES * STAGE_BYTES ? 0 : now + STAGE_BYTES;
       if (++waiting == a.batch || tile + 1 == end) {
-        flush(sums, shares, waiting, (tile + 1 - waiting) * 16, bias, y, a);
+        flush(sums, shares, waiting, (tile + 1 - waiting) * 16, bias, y, a, tile + 1 < end);
         place = first_place;
         waiting = 0;
       }

@@ -144,6 +144,17 @@ __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
+// The same in two halves, for blocks that only say that they run: releasing memory waits for every copy under way.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
 
 // Activations and results: T in memory, fp16 in the tensor cores. bf16 reaches further than fp16, so its x is scaled by 2^BASE:
 // |x| <= 2^20 stays finite. Fields at position p need x * 2^-p on top, which makes x a multiple of 2^(p - BASE - 24).

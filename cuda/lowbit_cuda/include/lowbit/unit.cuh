@@ -60,8 +60,31 @@ struct Unit {
     }
   }
 
+  // The words of one of a lane's chunks; `shared` is the lane's own address.
+  static __device__ __forceinline__ void chunk(uint32_t (&w)[BITS], uint32_t shared, int number) {
+    if constexpr (BITS % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < BITS / 4; ++i) {
+        load_shared(*reinterpret_cast<uint32_t(*)[4]>(w + 4 * i), shared + (number * BITS / 4 + i) * 512);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < BITS; ++i) {
+        const int word = number * BITS + i;
+        load_shared(*reinterpret_cast<uint32_t(*)[1]>(w + i), shared + word / 4 * 512 + word % 4 * 4);
+      }
+    }
+  }
+
   // Offset of a lane's scales in a unit; its offsets are SCALE_BYTES further.
   static __device__ __forceinline__ uint32_t pairs_offset(int lane) { return CODE_BYTES + (lane >> 2) * GROUPS * sizeof(Pair); }
+
+  // The pair of one group; `shared` is the address of the lane's pairs.
+  static __device__ __forceinline__ Pair pair(uint32_t shared, int group) {
+    Pair found;
+    load_shared(*reinterpret_cast<uint32_t(*)[sizeof(Pair) / 4]>(&found), shared + group * sizeof(Pair));
+    return found;
+  }
 
   // The pairs of every group (rows g and g + 8), read 16 bytes at a time where they are that long.
   static __device__ __forceinline__ void pairs(Pair (&found)[GROUPS], uint32_t shared) {
