@@ -60,6 +60,7 @@ def measured(weight: Signs, shape: PopcountShape, read: float) -> dict[str, floa
     us, error = weight.measure(shape)
     figures = {
         "MB": round(weight.signs.numel() / 1e6, 1),
+        "stages": shape.stages(torch.cuda.get_device_capability()),
         "us": us,
         "us_dependent": weight.measure(replace(shape, dependent=True))[0],
         "error": error,
@@ -82,10 +83,13 @@ def figures(tune: bool) -> dict[str, dict[str, float]]:
             shapes = [PopcountShape(columns, rows, planes=planes, most_stages=stages) for stages in TUNED]
         else:
             shapes = [PopcountShape(columns, rows, tokens, planes) for tokens in (1, 2, 4, 8)]
+        capability = torch.cuda.get_device_capability()
         for shape in shapes:
             name = f"{planes} planes M={shape.tokens} {columns}x{rows}"
-            name += f" stages {shape.most_stages}" if tune else ""
-            if reason := shape.why_not(torch.cuda.get_device_capability()):
+            name += f" stages {shape.stages(capability)}" if tune else ""
+            if name in found:  # shared memory has no room for more
+                continue
+            if reason := shape.why_not(capability):
                 print(f"{name}: {reason}", flush=True)
                 continue
             found[name] = measured(weight, shape, read)
@@ -101,7 +105,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(0),
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
-        "method": "CUDA graph replay, rotating cold weights (>= 256 MB), median of 11; K x N is in_features x out_features; "
+        "method": "CUDA graph replay, rotating cold weights (>= 256 MB, at most 64 copies), median of 11; K x N is in_features x out_features; "
         "floor_us reads the same bytes and does nothing",
         "figures": figures("--tune" in sys.argv),
     }

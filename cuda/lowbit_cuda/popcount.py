@@ -27,7 +27,12 @@ OLDEST = (8, 0)
 """mma with AND and a count of bits (PTX ISA, mma.m16n8k256)."""
 _HELD = 16
 """Units times rows of x of a warp at most: four registers each, for the whole kernel."""
-_RING_BYTES, _STAGES = 128 * 1024, 8
+_RING_BYTES, _STAGES = 128 * 1024, 5
+"""Of the weight stream: shared memory for all blocks of a processor, and row tiles.
+
+One plane and one row of x took 4.63, 4.33, 4.33, 4.43, 4.43 us with 3, 4, 5, 6, 8 row tiles at 4096x14336, and 9.21, 9.11, 9.15,
+9.22, 9.27 us at 8192x28672 (H200, 2026-11-21; ``bench/gpu_popcount.py --tune``).
+"""
 
 
 @dataclass(frozen=True, slots=True)
