@@ -3,7 +3,9 @@
     python bench/load_speed.py [--rounds 5]
 
 Two models: SmolLM2 as it is, and a synthetic one shaped like a Llama of 1.1 billion weights, packed in 4 bits. Each round reads the files
-into fresh memory, 16 MB at a time, and loads the model, in turn; the median of the ratios counts. Peak memory is the growth of
+into fresh memory, 16 MB at a time, and loads the model, in turn; the median of the ratios counts. Native files are mapped into
+memory and their pages brought in, not copied; "touched" adds reading a byte of each page. "Building" is what transformers alone
+takes to make the model on meta, as it is and with the random numbers that lowbit spares. Peak memory is the growth of
 the resident set over a load in a process that has done nothing else but a load of a tiny model. Writes ``bench/baselines/load_speed.json``.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import platform
 import re
@@ -19,12 +22,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from models import smollm2
+from transformers.initialization import no_init_weights
 
 import lowbit
 import lowbit.runtime.load
@@ -32,6 +38,7 @@ import lowbit.testing.samples
 from lowbit.convert import convert
 from lowbit.interfaces import Value
 from lowbit.plan import Target
+from lowbit.tensors import raw_bytes
 
 BASELINE = Path(__file__).parent / "baselines" / "load_speed.json"
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, SHARDS = 2048, 8192, 16, 32000, 4
@@ -85,28 +92,47 @@ def run(what: str, folder: Path, rounds: int) -> dict[str, float]:
 def speed(folder: Path, rounds: int) -> None:
     """Print the seconds of reading and loading, medians, and the median of their ratios."""
     lowbit.load(folder)  # imports, and the page cache
-    pairs = []
+    runs = []
     for _ in range(rounds):
         touch(folder)
         reading = read(folder)
         touch(folder)
-        started = time.perf_counter()
-        model = lowbit.load(folder)
-        loading = time.perf_counter() - started
-        started = time.perf_counter()
-        lowbit.runtime.load.prepare_layers(model)
-        pairs.append((reading, loading, loading + time.perf_counter() - started))
+        loading, model = timed(lambda: lowbit.load(folder))
+        walking, _ = timed(lambda loaded=model: walk(loaded))
+        preparing, _ = timed(lambda loaded=model: lowbit.runtime.load.prepare_layers(loaded))
+        runs.append((reading, loading, loading + walking, loading + walking + preparing, *building(folder)))
         del model
-    print(
-        json.dumps(
-            {
-                "read_seconds": round(statistics.median(read for read, _, _ in pairs), 4),
-                "load_seconds": round(statistics.median(load for _, load, _ in pairs), 4),
-                "prepared_seconds": round(statistics.median(ready for _, _, ready in pairs), 4),
-                "speed_of_reading": round(statistics.median(read / load for read, load, _ in pairs), 3),
-            }
-        )
-    )
+    medians = [round(statistics.median(column), 4) for column in zip(*runs, strict=True)]
+    names = ("read", "load", "touched", "prepared", "building", "building_bare")
+    found = {f"{name}_seconds": value for name, value in zip(names, medians, strict=True)}
+    found["speed_of_reading"] = round(statistics.median(run[0] / run[1] for run in runs), 3)
+    found["touched_speed_of_reading"] = round(statistics.median(run[0] / run[2] for run in runs), 3)
+    print(json.dumps(found))
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the seconds of a call, and what it returned."""
+    started = time.perf_counter()
+    found = run()
+    return time.perf_counter() - started, found
+
+
+def walk(model: Any) -> None:
+    """Read a byte of every page of the model."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        raw_bytes(tensor.detach())[:: mmap.PAGESIZE].sum()
+
+
+def building(folder: Path) -> tuple[float, float]:
+    """Return the seconds that transformers' model class takes on meta: as it is, and without random numbers."""
+    with lowbit.installed().open(folder) as checkpoint:
+        config = lowbit.runtime.load.model_config(checkpoint.metadata, str(folder))
+    kind = lowbit.runtime.load.find_model_class(config)
+    with torch.device("meta"):
+        plain, _ = timed(lambda: kind(config))
+        with no_init_weights():
+            bare, _ = timed(lambda: kind(config))
+    return plain, bare
 
 
 def touch(folder: Path) -> None:

@@ -271,6 +271,13 @@ class Checkpoint(AbstractContextManager["Checkpoint"], ABC):
         Raises CheckpointError when the data does not fit the header.
         """
 
+    def map(self, name: str) -> Value:
+        """Return what ``read`` returns, to be kept: formats may leave the data where the file is mapped into memory.
+
+        Writing to it changes no file. The file must not be shortened as long as the tensors live. The default reads.
+        """
+        return self.read(name)
+
     def stream(self) -> Iterator[tuple[str, Value]]:
         """Yield every tensor once, in file order."""
         for name in self.entries:

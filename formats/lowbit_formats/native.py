@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import lowbit
 from lowbit.errors import CheckpointError
 from lowbit.hookspecs import hookimpl
@@ -51,10 +53,17 @@ class NativeCheckpoint(Checkpoint):
 
     def read(self, name: str) -> Value:
         """Read one tensor, or all buffers of a packed weight; CheckpointError for scales that are NaN or infinite."""
+        return self._value(name, self._shards.read)
+
+    def map(self, name: str) -> Value:
+        """Map one tensor, or all buffers of a packed weight; CheckpointError as of ``read``."""
+        return self._value(name, self._shards.map)
+
+    def _value(self, name: str, read: Callable[[str], Tensor]) -> Value:
         entry = self.entries[name]
         if not isinstance(entry, PackedSpec):
-            return self._shards.read(name)
-        buffers = {buffer: self._shards.read(stored) for buffer, stored in self._buffers[name].items()}
+            return read(name)
+        buffers = {buffer: read(stored) for buffer, stored in self._buffers[name].items()}
         for buffer, values in buffers.items():
             if values.is_floating_point():
                 check_finite(self._buffers[name][buffer], values)

@@ -7,15 +7,17 @@ threads on one file.
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lowbit import memory
 from lowbit.errors import CheckpointError, OutputError
 from lowbit.interfaces import DEFAULT_SHARD_SIZE
 from lowbit.parts import TensorSpec
@@ -29,6 +31,9 @@ from lowbit_formats.safetensors_header import (
 )
 from lowbit_formats.strict_json import dump
 
+_LEAST_MAPPED = 1 << 16  # below, a mapping costs more than a copy
+_WRITABLE = mmap.PROT_READ | mmap.PROT_WRITE
+_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14 and newer: read everything now
 _CALL_BYTES = 1 << 30  # Linux moves at most 2 GiB less a page in one call
 
 
@@ -50,10 +55,30 @@ class SafetensorsReader(AbstractContextManager["SafetensorsReader"]):
     def read(self, name: str) -> Tensor:
         """Return one tensor. Raises CheckpointError when the file has become shorter since it was opened."""
         tensor = self.tensors[name]
-        buffer = torch.empty(tensor.spec.nbytes, dtype=torch.uint8)
+        buffer = memory.empty((tensor.spec.nbytes,), torch.uint8)
         if self._fill(buffer.numpy().data, self._data_start + tensor.begin) < tensor.spec.nbytes:
             raise CheckpointError(f"{self.path} ends inside tensor {name!r}; it became shorter since it was opened")
         return buffer.view(tensor.spec.dtype).reshape(tensor.spec.shape)
+
+    def map(self, name: str) -> Tensor:
+        """Return what ``read`` returns, in pages of the file, private to this process: no copy until something writes to it.
+
+        Small tensors, and those that the file or the system does not let be mapped, are read.
+        """
+        tensor = self.tensors[name]
+        begin, size = self._data_start + tensor.begin, tensor.spec.nbytes
+        inside = begin % mmap.ALLOCATIONGRANULARITY
+        if size < _LEAST_MAPPED or inside % tensor.spec.dtype.itemsize or os.fstat(self._file).st_size < begin + size:
+            return self.read(name)
+        try:
+            pages = mmap.mmap(self._file, inside + size, mmap.MAP_PRIVATE, _WRITABLE, offset=begin - inside)
+        except (OSError, ValueError):  # no more mappings, a file system without them
+            return self.read(name)
+        with suppress(OSError):  # Linux before 5.14, macOS: pages come when they are touched
+            pages.madvise(_POPULATE_READ)
+        return (
+            torch.frombuffer(pages, dtype=torch.uint8, offset=inside).view(tensor.spec.dtype).reshape(tensor.spec.shape)
+        )
 
     def close(self) -> None:
         """Close the file; closing twice is allowed."""

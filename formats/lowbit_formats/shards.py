@@ -44,6 +44,10 @@ class ShardSet(Mapping[str, StoredTensor]):
         """Return one tensor."""
         return self._reader_of[name].read(name)
 
+    def map(self, name: str) -> Tensor:
+        """Return one tensor, mapped into memory where it is large."""
+        return self._reader_of[name].map(name)
+
     def close(self) -> None:
         """Close the files."""
         self._opened.close()

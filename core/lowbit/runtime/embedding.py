@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,7 @@ class QuantEmbedding(PackedModule, nn.Embedding):  # type: ignore[misc]  # its w
         dtype: Dtype of the rows.
         device: Where the buffers are; with ``"meta"`` no memory is used.
         registry: Where the kernel comes from; by default everything installed.
+        buffers: The buffers to hold; without them there are new ones, to be loaded into.
 
     Raises:
         NoRouteError: When no installed kernel reads single rows; raised as soon as the buffers hold data.
@@ -39,12 +41,13 @@ class QuantEmbedding(PackedModule, nn.Embedding):  # type: ignore[misc]  # its w
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         registry: Registry | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not Embedding's: it would make a dense weight
         self.num_embeddings, self.embedding_dim = spec.shape
         self.padding_idx, self.max_norm, self.norm_type = padding_idx, None, 2.0
         self.scale_grad_by_freq = self.sparse = False
-        self.hold(spec, dtype, device, registry, frugal=False)
+        self.hold(spec, dtype, device, registry, False, buffers)
 
     @classmethod
     def in_place_of(cls, module: nn.Embedding, packed: PackedTensor, **options: Any) -> QuantEmbedding:
@@ -52,8 +55,7 @@ class QuantEmbedding(PackedModule, nn.Embedding):  # type: ignore[misc]  # its w
 
         Some models scale the rows in a subclass of ``nn.Embedding``, which calls its base class for them.
         """
-        made = cls(packed.spec, module.padding_idx, device="meta", **options)
-        made._buffers.update(packed.buffers)
+        made = cls(packed.spec, module.padding_idx, buffers=packed.buffers, **options)
         if type(module) is not nn.Embedding:
             own = {name: value for name, value in vars(module).items() if name not in vars(made) or name == "training"}
             vars(made).update(own)

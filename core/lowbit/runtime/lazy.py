@@ -34,7 +34,7 @@ def lazy_tensor(checkpoint: Checkpoint, name: str, registry: Registry, dtype: to
     entry = checkpoint.entries[name]
     if isinstance(entry, PackedSpec):
         return LazyTensor(TensorSpec(dtype, entry.shape), lambda: _floats(checkpoint.read(name), registry, dtype))
-    return LazyTensor(entry, lambda: _plain(checkpoint.read(name)))
+    return LazyTensor(entry, lambda: _plain(checkpoint.map(name)))
 
 
 def _plain(value: Tensor | PackedTensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class QuantLinear(PackedModule, nn.Linear):  # type: ignore[misc]  # its weight 
             and as large as the dense weight).
         cache_dequantized: Keep W in ``dtype`` after the first use, and multiply by it when x has more than one row.
         frugal: Release the packed buffers (``release``) as soon as the layer is prepared.
+        buffers: The buffers to hold; without them there are new ones, to be loaded into.
 
     Raises:
         NoRouteError: When no installed kernel serves; raised as soon as the buffers hold data.
@@ -50,12 +52,12 @@ class QuantLinear(PackedModule, nn.Linear):  # type: ignore[misc]  # its weight 
         checkpoint: bool = True,
         cache_dequantized: bool = False,
         frugal: bool = False,
+        buffers: Mapping[str, Tensor] | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not Linear's: it would make a dense weight
-        self.hold(spec, dtype, device, registry, frugal)
-        self.checkpoint, self.cache_dequantized, self.tied = checkpoint, cache_dequantized, ""
-        self.out_features, self.in_features = spec.shape
-        self._dense = None
+        self.hold(spec, dtype, device, registry, frugal, buffers)
+        vars(self).update(checkpoint=checkpoint, cache_dequantized=cache_dequantized, tied="", _dense=None)
+        vars(self).update(out_features=spec.shape[0], in_features=spec.shape[1])
         empty = torch.empty(self.out_features, dtype=self.compute_dtype, device=device) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)  # type: ignore[assignment]
 
@@ -69,12 +71,13 @@ class QuantLinear(PackedModule, nn.Linear):  # type: ignore[misc]  # its weight 
     @classmethod
     def holding(cls, packed: PackedTensor, bias: Tensor | None = None, **options: Any) -> QuantLinear:
         """Return what ``from_packed`` returns, but to be prepared when it first runs."""
-        layer = cls(packed.spec, device="meta", **options)
-        layer._buffers.update(packed.buffers)
+        layer = cls(packed.spec, buffers=packed.buffers, **options)
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
         return layer
 
+    checkpoint: bool
+    cache_dequantized: bool
     _dense: Tensor | None
     tied: str
     """The path of the embedding whose weight this is, in a model that ties its head; empty elsewhere."""

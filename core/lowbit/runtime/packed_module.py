@@ -34,6 +34,8 @@ class PackedModule(nn.Module):
     frugal: bool
     choice: Choice | None
     _packed: PackedTensor | None
+    _registry: Registry | None
+    _binding: int
 
     @abstractmethod
     def choose(self, problem: MatmulProblem, registry: Registry) -> Choice:
@@ -46,16 +48,22 @@ class PackedModule(nn.Module):
         device: torch.device | str | None,
         registry: Registry | None,
         frugal: bool,
+        buffers: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Set up the buffers, without values; to be called by constructors, after that of ``nn.Module``."""
-        self.spec, self.frugal = spec, frugal
-        self.compute_dtype = dtype or torch.get_default_dtype()
-        self.choice = None
-        self._registry, self._packed, self._binding = registry, None, -1
-        for name, buffer in spec.buffers.items():
-            # not register_buffer: a layout may call one "weight", as the property
-            self._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
-        self._is_hf_initialized = True  # transformers must not fill the weight with random numbers
+        """Set up, to be called by constructors after that of ``nn.Module``; without ``buffers`` they have no values."""
+        vars(self).update(  # nn.Module looks closely at what is assigned one by one: 10 us each
+            spec=spec,
+            frugal=frugal,
+            compute_dtype=dtype or torch.get_default_dtype(),
+            choice=None,
+            _registry=registry,
+            _packed=None,
+            _binding=-1,
+            _is_hf_initialized=True,  # transformers must not fill the weight with random numbers
+        )
+        if buffers is None:
+            buffers = {name: torch.empty(of.shape, dtype=of.dtype, device=device) for name, of in spec.buffers.items()}
+        self._buffers.update(buffers)  # not register_buffer: a layout may call one "weight", as the property
 
     @property
     def kernel(self) -> Kernel | None:
