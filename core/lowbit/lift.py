@@ -64,7 +64,7 @@ def lift(quantized: QuantizedTensor, target: Scheme) -> QuantizedTensor:
         parts |= _two_level_minimums(scales, zeros, quantized, target)
     elif target.zero is Zero.MINIMUM:
         minimums = decode_scales(quantized, "minimums") if source.zero is Zero.MINIMUM else -zeros.float() * scales
-        parts["minimums"] = _exactly(_regroup(minimums, quantized, target), target.scales.dtype, "minimum")
+        parts["minimums"] = _regroup(_exactly(minimums, target.scales.dtype, "minimum"), quantized, target).contiguous()
     elif target.zero is Zero.FLOAT:
         parts["zeros"] = _exactly(
             _regroup(decode_scales(quantized, "zeros"), quantized, target), target.scales.dtype, "zero"
@@ -185,7 +185,8 @@ def _zeros(quantized: QuantizedTensor) -> Tensor:
 
 def _scales(scales: Tensor, quantized: QuantizedTensor, target: Scheme) -> dict[str, Tensor]:
     if not target.scales.two_level:
-        return {"scales": _exactly(_regroup(scales, quantized, target), target.scales.dtype, "scale")}
+        stored = _exactly(scales, target.scales.dtype, "scale")  # before they are repeated: fewer to look at
+        return {"scales": _regroup(stored, quantized, target).contiguous()}
     units = torch.ones(quantized.shape[0], target.groups(quantized.shape))
     dtype = torch.int8 if target.scales.signed else torch.uint8
     supers = _exactly(_per_super(scales, quantized, target), target.scales.dtype, "scale")

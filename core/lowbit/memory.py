@@ -26,15 +26,19 @@ HUGE = 1 << 21
 KEPT = 128 << 20
 """Most bytes that ``reused`` keeps for the next tensor of the same size."""
 
+LEARNED = 24 << 20
+"""Bytes to free once: glibc then keeps blocks below that, and up to twice as much at the end of its heap."""
+
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """Return what ``torch.empty`` returns; large tensors on a CPU start at a huge page, perhaps one that was used before."""
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < HUGE or torch.device(device).type != "cpu" or sys.platform != "linux":
         return torch.empty(tuple(shape), dtype=dtype, device=device)
-    block = _kept.take(-(-nbytes // HUGE))
+    size = -(-nbytes // HUGE) * HUGE
+    block = _kept.take(size)
     if block is None:
-        block = _mapped(nbytes)
+        block = _mapped(size)
     owner = block[:nbytes]  # the tensor's storage holds it; when that goes, the block comes back
     weakref.finalize(owner, _kept.give, block).atexit = False
     return torch.from_numpy(owner).view(dtype).view(tuple(shape))
@@ -42,7 +46,12 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
 
 @contextmanager
 def reused() -> Iterator[None]:
-    """Keep the memory of tensors that are gone for those to come, until the block ends."""
+    """Keep the memory of tensors that are gone for those to come, until the block ends; so does malloc with smaller ones.
+
+    glibc gives memory back to the system at the end of every piece of work until something larger was once freed (mallopt(3),
+    M_MMAP_THRESHOLD), and a third of the time goes into touching it again.
+    """
+    torch.empty(LEARNED, dtype=torch.uint8)
     _kept.users += 1
     try:
         yield
@@ -52,23 +61,24 @@ def reused() -> Iterator[None]:
 
 
 class _Kept:
-    """Blocks that no tensor uses, by the number of their huge pages."""
+    """Blocks that no tensor uses, the oldest first."""
 
     def __init__(self) -> None:
         self.users = 0
-        self._blocks: dict[int, list[Block]] = {}
+        self._blocks: list[Block] = []
         self._lock = threading.RLock()  # a collection in the middle of ``take`` may finalize an owner
 
-    def take(self, pages: int) -> Block | None:
+    def take(self, size: int) -> Block | None:
         with self._lock:
-            blocks = self._blocks.get(pages)
-            return blocks.pop() if blocks else None
+            found = next((at for at, block in enumerate(self._blocks) if len(block) == size), None)
+            return None if found is None else self._blocks.pop(found)
 
     def give(self, block: Block) -> None:
         with self._lock:
-            held = sum(len(block) for blocks in self._blocks.values() for block in blocks)
-            if self.users and held + len(block) <= KEPT:
-                self._blocks.setdefault(len(block) // HUGE, []).append(block)
+            if self.users and len(block) <= KEPT:
+                self._blocks.append(block)
+            while sum(map(len, self._blocks)) > KEPT:
+                del self._blocks[0]
 
     def forget(self) -> None:
         with self._lock:
@@ -79,9 +89,8 @@ class _Kept:
 _kept = _Kept()
 
 
-def _mapped(nbytes: int) -> Block:
-    """Return whole huge pages for ``nbytes``; pages that are never touched cost nothing."""
-    size = -(-nbytes // HUGE) * HUGE
+def _mapped(size: int) -> Block:
+    """Return ``size`` bytes in whole huge pages; pages that are never touched cost nothing."""
     memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)

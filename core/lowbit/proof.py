@@ -30,12 +30,12 @@ def same_numbers(first: QuantizedTensor, second: QuantizedTensor) -> bool:
     size = _common_group(first, second)
     if size is None:
         return False
-    scales, others = (_spread(weight.parts["scales"].float(), weight, size) for weight in (first, second))
-    if not bit_equal(scales, others):
+    scales, others = (_spread(weight.parts["scales"], weight, size) for weight in (first, second))
+    if not (bit_equal(scales, others) or bit_equal(scales.float(), others.float())):
         return False
     if second.scheme.zero is Zero.MINIMUM:
         minimums = _spread(second.parts["minimums"].float(), second, size)
-        same = torch.equal(minimums, -_zeros(first, size).float() * scales)
+        same = torch.equal(minimums, -_zeros(first, size).float() * scales.float())
         return same and _equal(first.parts["codes"], second.parts["codes"])
     return _same_values(first, second, size)
 
@@ -109,10 +109,10 @@ def _equal_but(codes: Tensor, others: Tensor, offset: int) -> bool:
 
 
 def _zeros(weight: QuantizedTensor, size: int) -> Tensor:
-    """Return the integer zeros, int16 (rows, groups of ``size``)."""
+    """Return the integer zeros, int16 (rows, groups of ``size``), or one for all: (1, 1)."""
     if weight.scheme.zero is Zero.INTEGER:
         return _spread(weight.parts["zeros"], weight, size)
-    return torch.full((weight.shape[0], weight.shape[1] // size), weight.scheme.midpoint, dtype=torch.int16)
+    return torch.tensor([[weight.scheme.midpoint]], dtype=torch.int16)
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:

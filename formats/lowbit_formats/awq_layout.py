@@ -13,16 +13,18 @@ The activation scales of the AWQ method are folded into other weights: to a file
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lowbit.interfaces import Packer
 from lowbit.parts import TensorSpec, torch_dtype
 from lowbit.scheme import Scheme, Zero
+from lowbit.streams import StreamPacker
 from lowbit.tensors import PackedTensor, QuantizedTensor
 from lowbit.workers import map_ranges
+from lowbit_formats import awq_streams
 from lowbit_formats.affine_rules import AffineRules, zero_codes
 from lowbit_formats.int_words import CACHE_LINE, check_codes, constant_words, pack_words, unpack_words
 
@@ -34,10 +36,11 @@ LOW, HIGH = list(ORDER[0::2]), list(ORDER[1::2])
 """Columns in the low and in the high nibbles of bytes 0 to 3."""
 
 
-class AwqPacker(Packer):
+class AwqPacker(StreamPacker):
     """AWQ, version gemm."""
 
     layout = "awq-gemm"
+    stream_rows = 8 * CACHE_LINE
     rules: ClassVar[AffineRules] = AffineRules("layout 'awq-gemm'", (BITS,))
 
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -68,29 +71,45 @@ class AwqPacker(Packer):
 
     def pack(self, quantized: QuantizedTensor) -> PackedTensor:
         """Arrange the parts. Raises WeightError for a code or a zero above 15."""
-        scheme, parts = quantized.scheme, quantized.parts
-        if scheme.zero is Zero.INTEGER:
-            zeros = pack_zeros(zero_codes(parts["zeros"], BITS).T)
-        else:
-            zeros = symmetric_zeros(scheme, quantized.shape).to(parts["codes"].device)
-        buffers = {
-            "qweight": _pack_codes(parts["codes"]),
-            "qzeros": zeros,
-            "scales": parts["scales"].T.contiguous(),
-        }
-        return PackedTensor(self.spec(scheme, quantized.shape), buffers)
+        spec, device = self.spec(quantized.scheme, quantized.shape), quantized.parts["codes"].device
+        empty = {name: torch.empty(it.shape, dtype=it.dtype, device=device) for name, it in spec.buffers.items()}
+        packed = PackedTensor(spec, {**empty, "qweight": _pack_codes(quantized.parts["codes"])})
+        self.write_parts(packed, 0, quantized.shape[0], quantized.parts)
+        return packed
 
     def unpack(self, packed: PackedTensor) -> QuantizedTensor:
         """Undo ``pack``."""
-        parts = {
-            "codes": _unpack_codes(packed.buffers["qweight"]),
-            "scales": packed.buffers["scales"].T.contiguous(),
-        }
+        codes = _unpack_codes(packed.buffers["qweight"])
+        parts = {"codes": codes, **self.read_parts(packed, 0, packed.shape[0])}
+        return QuantizedTensor(packed.scheme, packed.shape, parts)
+
+    def read_parts(self, packed: PackedTensor, start: int, stop: int) -> dict[str, Tensor]:
+        """Return scales and zeros of some rows."""
+        parts = {"scales": packed.buffers["scales"][:, start:stop].T.contiguous()}
         if packed.scheme.zero is Zero.INTEGER:
-            zeros = unpack_words(packed.buffers["qzeros"], BITS, packed.shape[0])  # (groups, out), interleaved
+            words = packed.buffers["qzeros"][:, start // 8 : stop // 8]
+            zeros = unpack_words(words, BITS, stop - start)  # (groups, out), interleaved
             in_order = zeros.view(-1, 8)[:, PLACES].view(zeros.shape)
             parts["zeros"] = in_order.T.to(torch.int16).contiguous()
-        return QuantizedTensor(packed.scheme, packed.shape, parts)
+        return parts
+
+    def write_parts(self, packed: PackedTensor, start: int, stop: int, parts: Mapping[str, Tensor]) -> None:
+        """Write scales and zeros of some rows."""
+        scheme = packed.scheme
+        packed.buffers["scales"][:, start:stop] = parts["scales"].T
+        if scheme.zero is Zero.INTEGER:
+            zeros = pack_zeros(zero_codes(parts["zeros"], BITS).T)
+        else:
+            zeros = symmetric_zeros(scheme, (stop - start, packed.shape[1]))
+        packed.buffers["qzeros"][:, start // 8 : stop // 8] = zeros
+
+    def streams(self, packed: PackedTensor, start: int, stop: int) -> Tensor:
+        """Turn words of eight rows into words of eight columns."""
+        return awq_streams.streams(packed.buffers["qweight"][:, start // 8 : stop // 8])
+
+    def put_streams(self, packed: PackedTensor, start: int, stop: int, streams: Tensor) -> None:
+        """Turn words of eight columns into words of eight rows."""
+        awq_streams.put(packed.buffers["qweight"][:, start // 8 : stop // 8], streams)
 
 
 def pack_zeros(zeros: Tensor) -> Tensor:
