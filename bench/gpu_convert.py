@@ -4,8 +4,8 @@
     python bench/gpu_convert.py --tiny --device cpu --recipe opt_rtn --recipe default
 
 Everything is in the time: reading, calibration on 128 x 2048 tokens, tuning, packing, writing, reopening and comparing. Where it
-went is measured around the calls below, in the thread that makes them; what runs beside the GPU (packing) is listed, too. Prints
-one JSON line for each recipe. The weights say nothing about quality; they cost what real ones cost.
+went is measured around the calls below, in the thread that makes them; what runs beside the GPU (reading the next block, packing
+the last one, keeping it for ``--resume``) is listed, too. Prints one JSON line for each recipe. The weights say nothing about quality; they cost what real ones cost.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from lowbit import convert as conversion
-from lowbit.calibration.job import Job
+from lowbit.calibration import job
 from lowbit.calibration.runner import BlockRunner
 from lowbit.calibration.skeleton import Skeleton
 from lowbit.calibration.workdir import WorkDirectory
@@ -37,11 +37,13 @@ LARGE = {"hidden": 4096, "inner": 14336, "heads": 32, "keys": 8, "layers": 32, "
 TINY = {"hidden": 256, "inner": 512, "heads": 4, "keys": 2, "layers": 3, "vocabulary": 512}
 WATCHED = {
     "blocks": (BlockRunner, "_block"),
-    "read and fill": (Skeleton, "_read"),
+    "read": (Skeleton, "read"),
     "float forward, statistics": (BlockRunner, "_measure"),
     "quantize": (AutoRoundQuantizer, "quantize_block"),
     "quantized forward": (BlockRunner, "_carry"),
-    "pack and measure": (Job, "_pack"),
+    "measure errors": (BlockRunner, "_errors"),
+    "pack": (job, "_finish"),
+    "keep finished blocks": (WorkDirectory, "add"),
     "commit activations": (WorkDirectory, "commit"),
     "write, reopen, compare": (conversion, "execute"),
     "reopen and compare": (conversion, "verify"),
@@ -148,9 +150,10 @@ def convert(model, folder, recipe, flags):
     whole = time.perf_counter() - start
     result = {"recipe": recipe, "seconds": round(whole, 1)}
     result["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2) if on_gpu else None
-    export = seconds["write, reopen, compare"]
+    export, packing = seconds["write, reopen, compare"], seconds["measure errors"] + seconds["pack"]
     result["export_share"] = round(export / whole, 4)
-    result["pack_and_export_share"] = round((seconds["pack and measure"] + export) / whole, 4)
+    result["pack_and_export_share"] = round((packing + export) / whole, 4)
+    result["pack_keep_and_export_share"] = round((packing + seconds["keep finished blocks"] + export) / whole, 4)
     result["where"] = {name: round(taken, 1) for name, taken in seconds.items()}
     return result
 

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from lowbit.grids import decode_rows, dequantize
 from lowbit.tensors import QuantizedTensor
-from lowbit.workers import map_ranges
+from lowbit.workers import PIECE, map_ranges
+
+DEVICE_PIECE = 1 << 24
+"""Weights that are compared at once on a GPU, which waits for the CPU after each piece."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,8 @@ def compare(reference: Tensor, result: Tensor) -> ErrorSum:
     if reference.shape != result.shape:
         raise ValueError(f"shapes differ: {tuple(reference.shape)} and {tuple(result.shape)}")
     first, second = reference.reshape(-1), result.reshape(-1)
-    pieces = map_ranges(lambda start, stop: _compare(first[start:stop], second[start:stop]), len(first), 1)
+    piece = PIECE if first.device.type == "cpu" else DEVICE_PIECE
+    pieces = map_ranges(lambda start, stop: _compare(first[start:stop], second[start:stop]), len(first), 1, piece=piece)
     return sum(pieces, ErrorSum())
 
 

@@ -67,14 +67,19 @@ class Work:
         return result, error
 
 
-def finish(step: Step, weight: Tensor, quantized: QuantizedTensor) -> tuple[Value, ErrorSum]:
-    """Return new codes as the step stores them, packed or as floats, and their error against ``weight``."""
+def finish(
+    step: Step, weight: Tensor, quantized: QuantizedTensor, error: ErrorSum | None = None
+) -> tuple[Value, ErrorSum]:
+    """Return new codes as the step stores them, packed or as floats, and their error against ``weight``.
+
+    ``error`` is that of the codes, where it is known already.
+    """
     if isinstance(step.target, TensorSpec):
         result = dequantize(quantized).to(step.target.dtype)
         return result, compare(weight, result)
     assert step.packer is not None
     stored = lift(quantized, step.target.scheme)  # another scheme only where the format lacks the quantizer's own
-    return step.packer.pack(stored), measure(weight, stored)
+    return step.packer.pack(stored), error or measure(weight, stored)
 
 
 def floats(value: Value, registry: Registry) -> Tensor:

@@ -1,13 +1,15 @@
 """The block runner against the model run as a whole by transformers."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
 import lowbit
 from lowbit.calibration.runner import BlockRunner, run_blocks
-from lowbit.calibration.skeleton import Skeleton
+from lowbit.calibration.skeleton import Filling, Skeleton
 from lowbit.calibration.statistics import InputSums, Statistics
 from lowbit.errors import CheckpointError, OptionError, WeightError
 from lowbit.grids import dequantize
@@ -201,3 +203,36 @@ def test_float32_sums_are_checked_against_float64():
     sums.add(10, torch.ones(2, dtype=torch.float64), 1.01 * torch.eye(2))
     with pytest.raises(WeightError, match=r"differ by 1\.0e-02 from float64"):
         sums.result("a.weight")
+
+
+def test_on_a_gpu_the_next_block_is_read_beside_the_work_and_no_further_one():
+    read: list[str] = []
+
+    def fill(name: str) -> Filling:
+        read.append(name)
+        return Filling({name: torch.zeros(1)}, {})
+
+    skeleton = SimpleNamespace(device=torch.device("cuda"), read=fill)
+    runner = BlockRunner(cast("Skeleton", skeleton), {}, torch.zeros(1, 1))
+    fillings = runner._fillings(["a", "b", "c"])
+    for done, name in enumerate("abc", 1):
+        assert list(next(fillings).tensors) == [name]
+        assert len(read) <= done + 1
+    assert read == ["a", "b", "c"]
+    assert next(fillings, None) is None
+    assert next(runner._fillings([]), None) is None
+
+
+def test_a_block_that_cannot_be_read_ahead_fails_when_it_is_asked_for():
+    def fill(name: str) -> Filling:
+        if name == "b":
+            raise CheckpointError("b is damaged")
+        return Filling({}, {})
+
+    runner = BlockRunner(
+        cast("Skeleton", SimpleNamespace(device=torch.device("cuda"), read=fill)), {}, torch.zeros(1, 1)
+    )
+    fillings = runner._fillings(["a", "b", "c"])
+    next(fillings)
+    with pytest.raises(CheckpointError, match="b is damaged"):
+        next(fillings)

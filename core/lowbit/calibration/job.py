@@ -123,7 +123,7 @@ class Job:
                 if stopping() or number == len(blocks) or cost <= COMMIT_SHARE * (now - began):
                     packed.result()
                     now = time.monotonic()
-                    work.commit(chains)
+                    work.commit(chains if number < len(blocks) else None)
                     began = time.monotonic()
                     cost = began - now
                 if stopping() and work.done == number:
@@ -154,7 +154,7 @@ class Job:
 
     def _pack(self, block: Finished) -> None:
         finished = {
-            name: _finish(self.steps[name], block.weights[name], quantized)
+            name: _finish(self.steps[name], block.weights[name], quantized, block.errors.get(name))
             for name, quantized in block.quantized.items()
         }
         self.work.add(finished, block.calibration if self.wishes.records else {})
@@ -221,11 +221,11 @@ class Job:
             )
 
 
-def _finish(step: Step, weight: Tensor, quantized: QuantizedTensor) -> Result:
+def _finish(step: Step, weight: Tensor, quantized: QuantizedTensor, error: ErrorSum | None) -> Result:
     try:
-        return finish(step, weight, quantized)
-    except (WeightError, SchemeError) as error:
-        raise type(error)(f"{step.name}: {error}") from error
+        return finish(step, weight, quantized, error)
+    except (WeightError, SchemeError) as failure:
+        raise type(failure)(f"{step.name}: {failure}") from failure
 
 
 @contextmanager

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +18,12 @@ from torch import Tensor, nn
 from lowbit.calibration.block import Block
 from lowbit.calibration.capture import Call, capture, embed
 from lowbit.calibration.chains import Chain
-from lowbit.calibration.skeleton import Skeleton
+from lowbit.calibration.skeleton import Filling, Skeleton
 from lowbit.calibration.statistics import Statistics
 from lowbit.errors import SchemeError, WeightError
 from lowbit.grids import dequantize
 from lowbit.interfaces import Calibration, Checkpoint, Quantizer
-from lowbit.metrics import ErrorSum
+from lowbit.metrics import ErrorSum, measure
 from lowbit.plan import measured
 from lowbit.recipe import Choice
 from lowbit.registry import Registry
@@ -97,13 +101,17 @@ class Chains:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A block that is done: codes and float weights, on the CPU, by tensor name, and the relative error of its output."""
+    """A block that is done: codes and float weights, on the CPU, by tensor name, and the relative error of its output.
+
+    ``errors`` are those of the weights, measured where the block ran; none when that is the CPU: packing will, piece by piece.
+    """
 
     name: str
     quantized: Mapping[str, QuantizedTensor]
     weights: Mapping[str, Tensor]
     calibration: Mapping[str, Calibration]
     error: float | None = None
+    errors: Mapping[str, ErrorSum] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -147,18 +155,37 @@ class BlockRunner:
         """Yield every block when it is done, from block ``first`` on; ``chains`` are its inputs, and are advanced in place."""
         calls = capture(self.skeleton, self.tokens)
         chains = chains or self.start()
-        for number, name in list(enumerate(self.skeleton.blocks))[first:]:
-            yield self._block(number, name, chains, calls[name])
+        blocks = list(enumerate(self.skeleton.blocks))[first:]
+        with closing(self._fillings([name for _, name in blocks])) as fillings:
+            for number, name in blocks:
+                yield self._block(number, name, chains, calls[name], partial(next, fillings))
 
-    def _block(self, number: int, name: str, chains: Chains, call: Call) -> Finished:
+    def _fillings(self, names: Sequence[str]) -> Generator[Filling]:
+        """Yield what fills the blocks; where they run on a GPU the next one is read meanwhile, never more. None is kept here."""
+        if self.skeleton.device.type == "cpu":
+            for name in names:
+                yield self.skeleton.read(name)
+            return
+        with ThreadPoolExecutor(1, "lowbit-read") as reader:
+            ahead = deque(reader.submit(self.skeleton.read, name) for name in names[:1])
+            for name in names[1:]:
+                wait(ahead)
+                ahead.append(reader.submit(self.skeleton.read, name))
+                yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
+    def _block(self, number: int, name: str, chains: Chains, call: Call, filling: Callable[[], Filling]) -> Finished:
         linears = {weight: path for weight, path in self.skeleton.linears(name).items() if weight in self.choices}
-        with self.skeleton.filled(name) as module:
+        with self.skeleton.filled(name, filling=filling) as module:
             visit = _Visit(number, name, module, linears, call)
             calibration = self._measure(visit, chains)
             weights = {weight: self.skeleton.source_weight(weight) for weight in linears}
             found = self._quantize(visit, chains, weights, calibration)
+            errors = self._errors(visit, weights, found)
             error = self._carry(visit, chains, found)
-        return Finished(name, {weight: _to_cpu(found[weight]) for weight in linears}, weights, calibration, error)
+        quantized = {weight: _to_cpu(found[weight]) for weight in linears}
+        return Finished(name, quantized, weights, calibration, error, errors)
 
     def _measure(self, visit: _Visit, chains: Chains) -> dict[str, Calibration]:
         """Advance the float chain, and gather statistics of the float model's activations on the way."""
@@ -193,6 +220,14 @@ class BlockRunner:
             except (WeightError, SchemeError) as error:
                 raise type(error)(f"{visit.name}: {error}") from error
         return found
+
+    def _errors(
+        self, visit: _Visit, weights: Mapping[str, Tensor], found: Mapping[str, QuantizedTensor]
+    ) -> dict[str, ErrorSum]:
+        """Measure codes that are on another device than the CPU, against the weights of the checkpoint."""
+        if self.skeleton.device.type == "cpu":
+            return {}
+        return {weight: measure(_placed(visit, weight, weights[weight]), found[weight]) for weight in visit.linears}
 
     def _carry(self, visit: _Visit, chains: Chains, found: Mapping[str, QuantizedTensor]) -> float | None:
         """Advance the quantized chain through the block with its new weights; return its distance from the float chain."""

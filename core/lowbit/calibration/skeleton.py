@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ from lowbit.runtime.extras import need_transformers
 from lowbit.runtime.load import find_model_class, model_config
 from lowbit.runtime.slots import open_experts, renamer
 from lowbit.tensors import PackedTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """What fills a module: its tensors by their names in it, where it computes, and the matrices as the checkpoint has them."""
+
+    tensors: Mapping[str, Tensor]
+    matrices: Mapping[str, Tensor]
 
 
 class Skeleton:
@@ -47,7 +56,7 @@ class Skeleton:
         with _parameters_on_meta():
             self.model: Any = find_model_class(config)(config)
         self.model.eval().requires_grad_(False)
-        self._kept: dict[str, Tensor] = {}
+        self._kept: Mapping[str, Tensor] = {}
         self.config = config.get_text_config()
         self._sources = self._name_sources()
         self.decoder: Any = self.model.get_decoder()
@@ -63,25 +72,39 @@ class Skeleton:
         return found
 
     @contextmanager
-    def filled(self, path: str, but: str | None = None) -> Iterator[nn.Module]:
+    def filled(
+        self, path: str, but: str | None = None, filling: Callable[[], Filling] | None = None
+    ) -> Iterator[nn.Module]:
         """Fill the module at ``path`` from the checkpoint, all but the submodule at ``but``; empty it again at the end.
 
-        The weights that were read for a block are at hand until then, for ``source_weight``.
+        ``filling`` returns what ``read`` has read before. The weights that were read for a block are at hand until the end,
+        for ``source_weight``.
         """
-        module = self.model.get_submodule(path) if path else self.model
-        prefix, skipped = (f"{path}." if path else ""), f"{but}." if but else None
-        empty, parameters = dict(module.state_dict()), {name for name, _ in module.named_parameters()}
-        names = [name for name in empty if not (skipped and (prefix + name).startswith(skipped))]
+        module = self._module(path)
+        empty = self._empty(path, but)
         _move_buffers(module, self.device)
         try:
-            keep = path in self.blocks
-            self._assign(
-                module, {name: self._read(prefix + name, empty[name], name in parameters, keep) for name in names}
-            )
+            found = filling() if filling else self.read(path, but)
+            self._kept = found.matrices
+            self._assign(module, found.tensors)
+            del found  # who puts other weights into the module lets these go
             yield module
         finally:
-            self._kept.clear()
-            self._assign(module, {name: empty[name] for name in names})
+            self._kept = {}
+            self._assign(module, empty)
+
+    def read(self, path: str, but: str | None = None) -> Filling:
+        """Read what ``filled`` puts into an empty module, which may happen in another thread, beside the work on another one."""
+        prefix, keep = (f"{path}." if path else ""), path in self.blocks
+        parameters = {name for name, _ in self._module(path).named_parameters()}
+        tensors, matrices = {}, {}
+        for name, empty in self._empty(path, but).items():
+            source, value = self._read(prefix + name, empty)
+            if keep and value.dim() == 2:
+                matrices[source] = value
+            computes = name in parameters and empty.is_floating_point()
+            tensors[name] = value.to(self.device, self.dtype if computes else empty.dtype)
+        return Filling(tensors, matrices)
 
     def source_weight(self, name: str) -> Tensor:
         """Return a weight of the checkpoint as floats: as stored, or float32 when it is packed."""
@@ -140,19 +163,28 @@ class Skeleton:
             "use a quantizer that needs no calibration, or give --imatrix"
         )
 
-    def _read(self, path: str, empty: Tensor, computes: bool, keep: bool) -> Tensor:
-        """Read what belongs at ``path``; parameters that compute get the dtype of the activations, buffers keep their own."""
+    def _module(self, path: str) -> nn.Module:
+        module = self.model.get_submodule(path) if path else self.model
+        assert isinstance(module, nn.Module)
+        return module
+
+    def _empty(self, path: str, but: str | None) -> dict[str, Tensor]:
+        """Return what an empty module holds, by names in it, but for the submodule at ``but``."""
+        prefix, skipped = (f"{path}." if path else ""), f"{but}." if but else None
+        state = self._module(path).state_dict()
+        return {name: empty for name, empty in state.items() if not (skipped and (prefix + name).startswith(skipped))}
+
+    def _read(self, path: str, empty: Tensor) -> tuple[str, Tensor]:
+        """Return the name in the checkpoint of what belongs at ``path``, and its value there."""
         name = self._sources.get(path)
         if name is None:
             raise CheckpointError(f"{self.checkpoint.path} lacks {path}, which its config asks for")
         value = self.source_weight(name)
-        if keep and value.dim() == 2:
-            self._kept[name] = value
         if value.shape != empty.shape:
             raise CheckpointError(
                 f"{name} is {_shape(value)}, but the model of this config needs {_shape(empty)}; the config is another model's"
             )
-        return value.to(self.device, self.dtype if computes and empty.is_floating_point() else empty.dtype)
+        return name, value
 
     @staticmethod
     def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

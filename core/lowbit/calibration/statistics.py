@@ -119,8 +119,9 @@ class Statistics:
         """Return the sums of one batch; q, k and v (gate and up) get the same input, whose sums are computed once."""
         if self._last is not None and self._last[0] is x and not (hessian and self._last[2] is None):
             return self._last[1], self._last[2]
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
-        squares = rows.square().sum(0, dtype=torch.float64)
+        rows = x.detach().reshape(-1, x.shape[-1])
+        squares = _squares(rows)
+        rows = rows.float() if hessian else rows
         products = rows.T @ rows if hessian else None
         self._last = (x, squares, products)
         return squares, products
@@ -134,6 +135,13 @@ class Statistics:
                 pools[family] = InputSums(len(sums.squares), sums.products is not None, sums.squares.device)
             pools[family].merge(sums)
         return pools
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """Return the sums of squares over rows, in float64; on a GPU the rows are read once and nothing is written."""
+    if rows.device.type == "cpu":
+        return rows.float().square().sum(0, dtype=torch.float64)
+    return torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square()
 
 
 def _family(name: str) -> str:

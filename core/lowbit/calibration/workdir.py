@@ -101,17 +101,24 @@ class WorkDirectory:
         self.added += 1
         self._sweep()
 
-    def commit(self, chains: Chains) -> None:
-        """Make the added blocks count: keep the activations behind the last of them, and say so in the state."""
+    def commit(self, chains: Chains | None) -> None:
+        """Make the added blocks count: keep the activations behind the last of them, and say so in the state.
+
+        None when no block comes after them: nobody will ask for the activations.
+        """
         with self._writing():
-            for kind, chain in (("float", chains.floating), ("quantized", chains.quantized)):
-                if chain is not None:
-                    chain.save(self.path / f"{kind}-{self.added}.bin")
-            dtype = str(chains.floating.states.dtype).removeprefix("torch.")
-            self._activations = chains.floating.shape, dtype, chains.quantized is not None
+            if chains is not None:
+                self._save_chains(chains)
             self.done = self.added
             self._save_state()
         self._sweep()
+
+    def _save_chains(self, chains: Chains) -> None:
+        for kind, chain in (("float", chains.floating), ("quantized", chains.quantized)):
+            if chain is not None:
+                chain.save(self.path / f"{kind}-{self.added}.bin")
+        dtype = str(chains.floating.states.dtype).removeprefix("torch.")
+        self._activations = chains.floating.shape, dtype, chains.quantized is not None
 
     def chains(self, device: torch.device, mapped: bool) -> Chains:
         """Return the activations behind the last finished block: in memory, or mapped from their files."""

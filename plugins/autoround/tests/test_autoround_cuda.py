@@ -58,7 +58,9 @@ def test_kernels_do_what_torch_does(options, dtype):
 
 def test_groups_that_do_not_divide_the_row_are_left_to_torch():
     weight = torch.randn(8, 100, device="cuda")
-    assert tuned_weight(weight, QUANTIZER.scheme(PLAIN), None, False, 0.1)._fused is None
+    for size, served in ((128, fused), (100, fused), (20, fused), (64, None), (16, None), (10, None)):
+        scheme = QUANTIZER.scheme(dataclasses.replace(PLAIN, group_size=size))
+        assert tuned_weight(weight, scheme, None, False, 0.1)._fused is served, size
 
 
 def test_a_block_is_tuned_on_the_gpu():
