@@ -57,6 +57,8 @@ def lift(quantized: QuantizedTensor, target: Scheme) -> QuantizedTensor:
     parts = {"codes": _symmetric_codes(quantized, target) if target.symmetric else quantized.parts["codes"]}
     if _same_groups(source, target):
         return QuantizedTensor(target, quantized.shape, {**quantized.parts, **parts})
+    if source.permutation:
+        parts["group_index"] = quantized.parts["group_index"]
     scales, zeros = decode_scales(quantized), _zeros(quantized)
     if target.zero is Zero.INTEGER:
         parts["zeros"] = _regroup(zeros, quantized, target).to(torch.int16)
@@ -92,6 +94,8 @@ def candidates(source: Scheme, shape: tuple[int, int]) -> Iterator[Scheme]:
 
 def _why_not_groups(source: Scheme, target: Scheme, shape: tuple[int, int]) -> str | None:
     own, other = source.group_size or shape[1], target.group_size or shape[1]
+    if source.permutation and (own != other or (target.symmetric and not source.symmetric)):
+        return "a permutation spreads each group over the row: groups and codes stay as they are"
     if own % other and other != own:
         return f"groups of {other} do not lie inside groups of {own}"
     if not target.scales.two_level or target.scales == source.scales:

@@ -5,6 +5,7 @@ import torch
 
 from lowbit import Grid, PackedTensor, Packer, QuantizedTensor, Scheme, TensorSpec, Zero
 from lowbit.errors import SchemeError
+from lowbit.streams import StreamPacker
 from lowbit.testing import PackerContract
 
 ROUND_TRIP = frozenset({"test_round_trip_is_exact"})
@@ -232,3 +233,46 @@ class NamesSharedBuffers(NibblePacker):
 class BrokenNamesSharedBuffers(_Contract):
     kind = NamesSharedBuffers
     must_fail = frozenset({"test_rows_are_those_of_the_weight"})
+
+
+class NibbleStreams(NibblePacker, StreamPacker):
+    def read_parts(self, packed, start, stop):
+        return {"scales": packed.buffers["scales"][start:stop]}
+
+    def write_parts(self, packed, start, stop, parts):
+        packed.buffers["scales"][start:stop] = parts["scales"]
+
+    def streams(self, packed, start, stop):
+        return packed.buffers["nibbles"].view(torch.int32)[start:stop]
+
+    def put_streams(self, packed, start, stop, streams):
+        packed.buffers["nibbles"].view(torch.int32)[start:stop] = streams
+
+
+class CorrectNibbleStreams(_Contract):
+    kind = NibbleStreams
+
+
+class StreamsAreBigEndian(NibbleStreams):
+    def streams(self, packed, start, stop):
+        nibbles = packed.buffers["nibbles"][start:stop]
+        return (nibbles << 4 | nibbles >> 4).view(torch.int32)
+
+    def put_streams(self, packed, start, stop, streams):
+        nibbles = streams.view(torch.uint8)
+        packed.buffers["nibbles"][start:stop] = nibbles << 4 | nibbles >> 4
+
+
+class BrokenStreamsAreBigEndian(_Contract):
+    kind = StreamsAreBigEndian
+    must_fail = frozenset({"test_streams_are_the_codes"})
+
+
+class WritesScalesOfTheFirstRows(NibbleStreams):
+    def write_parts(self, packed, start, stop, parts):
+        packed.buffers["scales"][: stop - start] = parts["scales"]
+
+
+class BrokenWritesScalesOfTheFirstRows(_Contract):
+    kind = WritesScalesOfTheFirstRows
+    must_fail = frozenset({"test_streams_are_the_codes"})

@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowbit.bits import pack_bits
 from lowbit.grids import dequantize
 from lowbit.interfaces import Packer
 from lowbit.parts import TensorSpec
 from lowbit.scheme import Grid, Scheme
+from lowbit.streams import StreamPacker
 from lowbit.tensors import PackedTensor, QuantizedTensor, bit_equal
 from lowbit.testing import samples, strategies
 from lowbit.testing.contracts.checks import (
@@ -126,6 +128,26 @@ class PackerContract:
                 weight, found = dequantize(packer.unpack(packed)), packer.rows(packed, numbers)
                 assert found.spec == packer.spec(scheme, (len(numbers), shape[1]))
                 assert bit_equal(dequantize(packer.unpack(found)), weight[numbers]), "rows differ from the weight's"
+
+    def test_streams_are_the_codes(self, packer: Packer, examples: Sequence[Example]) -> None:
+        """Of a ``StreamPacker``: what it reads of some rows is theirs, and rows written range by range are what ``pack`` makes."""
+        for scheme, (_, columns) in examples if isinstance(packer, StreamPacker) else ():
+            assert isinstance(packer, StreamPacker)
+            step, shape = packer.stream_rows, (3 * packer.stream_rows, columns)
+            if columns * scheme.bits % 32 or packer.why_not(scheme, shape):
+                continue
+            quantized = samples.quantized(scheme, shape)
+            packed = packer.pack(quantized)
+            again = PackedTensor(packed.spec, {name: torch.zeros_like(it) for name, it in packed.buffers.items()})
+            for start, stop in ((step, 3 * step), (0, step)):
+                rows, streams = quantized.rows(start, stop), packer.streams(packed, start, stop)
+                expected = pack_bits(rows.parts["codes"], scheme.bits).view(torch.int32)
+                assert bit_equal(streams, expected), f"streams of rows {start} to {stop} are not their codes"
+                found = {**packer.read_parts(packed, start, stop), "codes": rows.parts["codes"]}
+                assert_same_tensors(found, rows.parts, f"the parts of rows {start} to {stop}")
+                packer.write_parts(again, start, stop, rows.parts)
+                packer.put_streams(again, start, stop, streams)
+            assert_same_tensors(again.buffers, packed.buffers, "buffers written range by range")
 
     def test_inputs_are_left_alone(self, packer: Packer, examples: Sequence[Example]) -> None:
         """Neither ``pack`` writes to parts nor ``unpack`` to buffers."""
