@@ -29,7 +29,9 @@ SAMPLES, SAMPLE = 16, 1 << 16
 def fingerprint(path: Path) -> str:
     """Return a SHA-256 that identifies a checkpoint: names and sizes of its files, and 16 pieces of 64 KiB of each.
 
-    The first piece holds the header, which describes every tensor. Hashing all bytes would take longer than many a conversion.
+    The first piece holds the header, which describes every tensor. Hashing all bytes as they pass was weighed: SHA-256 takes 0.86
+    seconds of a core for a gigabyte (2026-11-21), an eighth of what quantizing costs and more than moving codes does, and a
+    GGUF file states its source in front of all data.
     Raises CheckpointError for a file that cannot be read.
     """
     total = hashlib.sha256()

@@ -1,9 +1,10 @@
 import threading
+import time
 
 import pytest
 import torch
 
-from lowbit.workers import PIECE, map_ranges, map_rows
+from lowbit.workers import PIECE, map_ranges, map_rows, whole_tensors
 
 
 @pytest.fixture
@@ -88,3 +89,56 @@ def test_an_error_reaches_the_caller(threads):
     with pytest.raises(ValueError, match="row 5"):
         map_ranges(work, 10, 1, piece=1)
     assert map_ranges(lambda start, stop: start, 3, 1, piece=1) == [0, 1, 2]
+
+
+def test_a_caller_that_joins_works_on_one_thread_too(threads):
+    threads(3)
+    both = threading.Barrier(3)  # nobody gets a second piece before everybody has one
+
+    def work(start, stop):
+        if start < 3:
+            both.wait(timeout=60)
+        return threading.current_thread().name, torch.get_num_threads(), start
+
+    found = map_ranges(work, 64, 1, piece=1, join=True)
+    assert [start for _, _, start in found] == list(range(64))
+    assert {count for _, count, _ in found} == {1}
+    assert len({name for name, _, _ in found}) == 3
+    assert threading.current_thread().name in {name for name, _, _ in found}
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("bad", [0, 5, 9])
+def test_an_error_of_joined_work_reaches_the_caller_when_all_have_stopped(bad, threads):
+    threads(2)
+    running = []
+
+    def work(start, stop):
+        running.append(start)
+        if start == bad:
+            raise ValueError(f"row {bad}")
+        time.sleep(0.002)
+        running.remove(start)
+
+    with pytest.raises(ValueError, match=f"row {bad}"):
+        map_ranges(work, 10, 1, piece=1, join=True)
+    assert running == [bad]
+    assert torch.get_num_threads() == 2
+
+
+def test_joined_work_may_have_pieces_of_its_own(threads):
+    threads(2)
+    inner = map_ranges(lambda a, b: map_ranges(lambda c, d: c, 3, 1, piece=1, join=True), 4, 1, piece=1, join=True)
+    assert inner == [[0, 1, 2]] * 4
+    assert torch.get_num_threads() == 2
+    seen = []
+    fresh = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    fresh.start()
+    fresh.join()
+    assert seen == [2]
+
+
+def test_whole_tensors_are_one_range():
+    with whole_tensors():
+        assert map_ranges(lambda start, stop: (start, stop), 5 * PIECE, 7) == [(0, 5 * PIECE)]
+    assert len(map_ranges(lambda start, stop: (start, stop), 5, PIECE)) == 5

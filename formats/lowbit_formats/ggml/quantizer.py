@@ -73,7 +73,7 @@ class GgmlQuantizer(Quantizer[GgmlOptions]):
                 view.copy_(values.view(view.shape))
 
         piece = ROUNDED_PIECE if options.type in ROUNDED and importance is None else PIECE
-        map_ranges(work, *shape, piece=piece if weight.device.type == "cpu" else max(1, weight.numel()))
+        map_ranges(work, *shape, piece=piece if weight.device.type == "cpu" else max(1, weight.numel()), join=True)
         if packer.codebook is not None:
             parts["codebook"] = packer.codebook.to(weight.device)
         return QuantizedTensor(packer.scheme, shape, parts)

@@ -95,7 +95,7 @@ class BlockPacker(Packer):
             encoded = self._encode(_rows(quantized.parts, quantized.scheme, start, stop))
             blocks[start:stop] = encoded.reshape(stop - start, -1)
 
-        map_ranges(work, rows, columns)
+        map_ranges(work, rows, columns, join=True)
         return PackedTensor(spec, {"blocks": blocks})
 
     def unpack(self, packed: PackedTensor) -> QuantizedTensor:
@@ -113,7 +113,7 @@ class BlockPacker(Packer):
                 if name in decoded:
                     view.copy_(decoded[name].reshape(view.shape))
 
-        map_ranges(work, rows, columns)
+        map_ranges(work, rows, columns, join=True)
         if self.codebook is not None:
             parts["codebook"] = self._codebook_on(blocks.device)
         return QuantizedTensor(packed.scheme, packed.shape, parts)
