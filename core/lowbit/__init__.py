@@ -12,19 +12,9 @@ if TYPE_CHECKING:
     from lowbit.errors import LowbitError
     from lowbit.grids import dequantize
     from lowbit.hookspecs import hookimpl
-    from lowbit.interfaces import (
-        Calibration,
-        Checkpoint,
-        Exporter,
-        Importer,
-        Kernel,
-        MatmulProblem,
-        Metadata,
-        Packer,
-        Quantizer,
-        SideFile,
-    )
+    from lowbit.interfaces import Calibration, Checkpoint, Exporter, Importer, Kernel, MatmulProblem, Packer, Quantizer
     from lowbit.kernels import ReferenceKernel
+    from lowbit.metadata import Metadata, SideFile
     from lowbit.parts import TensorSpec
     from lowbit.plugins import installed
     from lowbit.registry import Registry

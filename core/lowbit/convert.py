@@ -22,7 +22,8 @@ from lowbit.card import command_line, fingerprint, write_card
 from lowbit.checksum import checksum
 from lowbit.errors import OutputError, VerificationError
 from lowbit.fold import fold_act_order
-from lowbit.interfaces import DEFAULT_SHARD_SIZE, Calibration, Checkpoint, Metadata, Value
+from lowbit.interfaces import DEFAULT_SHARD_SIZE, Calibration, Checkpoint, Value
+from lowbit.metadata import Metadata
 from lowbit.metrics import ErrorSum
 from lowbit.plan import Action, Plan, Step, Target, make_plan
 from lowbit.prefetch import prefetch

@@ -9,13 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from lowbit.metadata import Metadata
 from lowbit.parts import TensorSpec
 from lowbit.scheme import Scheme
 from lowbit.tensors import PackedSpec, PackedTensor, QuantizedTensor, as_integers
@@ -216,41 +217,6 @@ class Kernel(ABC):
         Call only when ``why_no_rows`` is None. It never waits for the device: CUDA graphs capture it.
         """
         raise NotImplementedError(f"kernel {self.name} refuses rows")
-
-
-@dataclass(frozen=True, slots=True)
-class SideFile:
-    """A file that belongs to a checkpoint but holds no weights: a tokenizer, a chat template, a model card."""
-
-    name: str
-    path: Path | None = None
-    content: bytes | None = None
-
-    def read(self) -> bytes:
-        """Return the bytes."""
-        if self.content is not None:
-            return self.content
-        assert self.path is not None
-        return self.path.read_bytes()
-
-
-@dataclass(frozen=True, slots=True)
-class Metadata:
-    """What a checkpoint says besides its tensors.
-
-    Attributes:
-        config: The Hugging Face ``config.json``, without a quantization_config; {} when unknown.
-        side_files: Everything else to carry along; names are plain file names or relative paths inside the checkpoint.
-        provenance: What is known of where the weights come from, such as ``{"source": "...", "quantizer": "..."}``.
-    """
-
-    config: Mapping[str, Any] = field(default_factory=dict)
-    side_files: tuple[SideFile, ...] = ()
-    provenance: Mapping[str, str] = field(default_factory=dict)
-
-    def side_file(self, name: str) -> SideFile | None:
-        """Return the side file of this name, if there is one."""
-        return next((file for file in self.side_files if file.name == name), None)
 
 
 class Checkpoint(AbstractContextManager["Checkpoint"], ABC):

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from lowbit.errors import NoRouteError, OptionError, UnknownComponentError
-from lowbit.interfaces import Entry, Metadata
+from lowbit.interfaces import Entry
+from lowbit.metadata import Metadata
 from lowbit.registry import Registry
 from lowbit.scheme import Grid, Scheme
 from lowbit.tensors import PackedSpec

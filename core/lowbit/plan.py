@@ -15,7 +15,8 @@ from torch import Tensor
 from lowbit import lift
 from lowbit.errors import NoRouteError, OptionError
 from lowbit.exact import exact_scheme
-from lowbit.interfaces import Calibration, Checkpoint, Entry, Exporter, MatmulProblem, Metadata, Packer, Value
+from lowbit.interfaces import Calibration, Checkpoint, Entry, Exporter, MatmulProblem, Packer, Value
+from lowbit.metadata import Metadata
 from lowbit.parts import TensorSpec, part_specs
 from lowbit.recipe import Choice, Recipe, is_linear_name, is_matrix
 from lowbit.registry import Registry

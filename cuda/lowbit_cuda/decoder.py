@@ -127,7 +127,7 @@ AFFINE: Mapping[int, Decoder] = MappingProxyType(
 
 def _codebook(bits: int) -> Decoder:
     if bits <= 4:
-        name, places, table = "CodebookDecoder", _pairs(bits), 128 << 2 * bits
+        name, places, table = "CodebookDecoder", _pairs(bits), 128 << (8 if bits == 2 else 2 * bits)  # 2 bits: of quads
     else:
         name, places, table = "WideCodebookDecoder", _singles(bits), 128 << bits
     return Decoder(f"lowbit::{name}<{bits}>", "lowbit/codebook.cuh", bits, places, False, table)

@@ -25,6 +25,7 @@ from lowbit.interfaces import MatmulProblem, Packer
 from lowbit.parts import TensorSpec
 from lowbit.scheme import Across, Grid, Scheme, Zero
 from lowbit.tensors import PackedSpec, PackedTensor, QuantizedTensor
+from lowbit.workers import whole_tensors
 from lowbit_cuda.available import capability_reason, why_not_cuda
 from lowbit_cuda.columns import column_order, gather, unit_group, why_not_groups
 from lowbit_cuda.decoder import CODEBOOK, affine_decoder
@@ -90,7 +91,8 @@ class UnitsKernel(Kernel):
         """Unpack and arrange on the device of the buffers; what is prepared stays as it is."""
         if packed.layout == LAYOUT:
             return packed
-        quantized = self.packers[packed.layout].unpack(packed)
+        with whole_tensors():
+            quantized = self.packers[packed.layout].unpack(packed)
         scheme, shape, parts = packed.scheme, packed.shape, quantized.parts
         format, codes = unit_format(scheme, shape), parts["codes"]
         order = column_order(scheme.group_size, shape[1], parts.get("group_index"), codes.device)

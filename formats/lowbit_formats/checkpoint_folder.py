@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import CheckpointError
-from lowbit.interfaces import SideFile
+from lowbit.metadata import SideFile
 from lowbit_formats.strict_json import read_object
 
 CONFIG = "config.json"

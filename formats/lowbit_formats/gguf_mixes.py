@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from lowbit.errors import CheckpointError
-from lowbit.interfaces import Entry, Metadata
+from lowbit.interfaces import Entry
+from lowbit.metadata import Metadata
 from lowbit.recipe import is_matrix
 from lowbit.scheme import Scheme
 from lowbit.tensors import PackedSpec

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lowbit.errors import CheckpointError, NoRouteError
 from lowbit.hookspecs import hookimpl
-from lowbit.interfaces import DEFAULT_SHARD_SIZE, Checkpoint, Entry, Exporter, Importer, Metadata, Value
+from lowbit.interfaces import DEFAULT_SHARD_SIZE, Checkpoint, Entry, Exporter, Importer, Value
 from lowbit.loaders import LoaderRule
+from lowbit.metadata import Metadata
 from lowbit.parts import TensorSpec
 from lowbit.tensors import PackedSpec
 from lowbit_formats.checkpoint_folder import (

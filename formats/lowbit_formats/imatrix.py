@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
-from lowbit.interfaces import Calibration, Checkpoint, Metadata
+from lowbit.interfaces import Calibration, Checkpoint
+from lowbit.metadata import Metadata
 from lowbit.recipe import is_matrix
 from lowbit.staging import staged
 from lowbit_formats.gguf.architectures import BY_MODEL_TYPE, Architecture

@@ -15,7 +15,8 @@ from torch import Tensor
 import lowbit
 from lowbit.errors import CheckpointError
 from lowbit.hookspecs import hookimpl
-from lowbit.interfaces import DEFAULT_SHARD_SIZE, Checkpoint, Entry, Exporter, Importer, Metadata, Value
+from lowbit.interfaces import DEFAULT_SHARD_SIZE, Checkpoint, Entry, Exporter, Importer, Value
+from lowbit.metadata import Metadata
 from lowbit.tensors import PackedSpec, PackedTensor
 from lowbit_formats import native_manifest as manifest
 from lowbit_formats.checkpoint_folder import CONFIG, read_config, resolve_inside, side_files, without_quantization

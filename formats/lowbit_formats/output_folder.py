@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lowbit.errors import CheckpointError, OutputError
-from lowbit.interfaces import Entry, SideFile, Value
+from lowbit.interfaces import Entry, Value
+from lowbit.metadata import SideFile
 from lowbit.parts import TensorSpec
 from lowbit.staging import staged
 from lowbit.tensors import PackedTensor

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
-from lowbit.interfaces import Checkpoint, Entry, Importer, Metadata, Packer, Value
+from lowbit.interfaces import Checkpoint, Entry, Importer, Packer, Value
+from lowbit.metadata import Metadata
 from lowbit.parts import TensorSpec
 from lowbit.scheme import Scheme
 from lowbit.tensors import PackedSpec, PackedTensor

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, NoRouteError
-from lowbit.interfaces import DEFAULT_SHARD_SIZE, Entry, Exporter, Metadata, Value
+from lowbit.interfaces import DEFAULT_SHARD_SIZE, Entry, Exporter, Value
 from lowbit.loaders import LoaderRule
+from lowbit.metadata import Metadata
 from lowbit.parts import TensorSpec
 from lowbit.tensors import PackedSpec, PackedTensor
 from lowbit_formats.checkpoint_folder import CONFIG, without_quantization

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from lowbit.convert import convert
 from lowbit.diff import differences
 from lowbit.errors import CheckpointError, SchemeError, WeightError
-from lowbit.interfaces import Metadata, SideFile
 from lowbit.kernels import ReferenceKernel
+from lowbit.metadata import Metadata, SideFile
 from lowbit.parts import TensorSpec
 from lowbit.plan import Target
 from lowbit.plugins import registry

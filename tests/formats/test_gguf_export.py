@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowbit.errors import CheckpointError, WeightError
-from lowbit.interfaces import Metadata, SideFile
+from lowbit.metadata import Metadata, SideFile
 from lowbit.parts import TensorSpec
 from lowbit.tensors import PackedTensor, bit_equal
 from lowbit.testing import ExporterContract, PackerContract, samples

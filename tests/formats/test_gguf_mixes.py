@@ -5,7 +5,7 @@ import torch
 
 from lowbit.convert import convert
 from lowbit.errors import CheckpointError, OptionError
-from lowbit.interfaces import Metadata
+from lowbit.metadata import Metadata
 from lowbit.parts import TensorSpec
 from lowbit.plan import Target, make_plan
 from lowbit.plugins import installed

@@ -8,7 +8,7 @@ import gguf
 import pytest
 
 from lowbit.errors import CheckpointError
-from lowbit.interfaces import Metadata, SideFile
+from lowbit.metadata import Metadata, SideFile
 from lowbit.parts import TensorSpec
 from lowbit.tensors import PackedTensor
 from lowbit_formats.gguf import GgufExporter, GgufImporter

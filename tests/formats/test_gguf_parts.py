@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from lowbit.cli.convert import convert_command
 from lowbit.errors import CheckpointError, OptionError
-from lowbit.interfaces import SideFile
+from lowbit.metadata import SideFile
 from lowbit.parts import TensorSpec
 from lowbit.tensors import PackedTensor
 from lowbit.testing import ExporterContract

@@ -7,7 +7,7 @@ from hashlib import sha256
 import pytest
 
 from lowbit.errors import CheckpointError
-from lowbit.interfaces import Metadata, SideFile
+from lowbit.metadata import Metadata, SideFile
 from lowbit_formats.gguf import tokenizer_files, tokenizer_json
 from lowbit_formats.gguf.pre_hashes import CHECK_TEXT, NAMES, fingerprint
 from lowbit_formats.gguf.pretokenizers import BY_NAME, recognise

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.errors import OutputError
-from lowbit.interfaces import Metadata, SideFile
+from lowbit.metadata import Metadata, SideFile
 from lowbit.parts import TensorSpec
 from lowbit.tensors import bit_equal
 from lowbit.testing import ExporterContract

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lowbit.errors import CheckpointError, OptionError
-from lowbit.interfaces import Calibration, Metadata
+from lowbit.interfaces import Calibration
+from lowbit.metadata import Metadata
 from lowbit.parts import TensorSpec
 from lowbit.plugins import installed
 from lowbit_formats import imatrix

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.errors import CheckpointError, OutputError
-from lowbit.interfaces import Metadata, SideFile
+from lowbit.metadata import Metadata, SideFile
 from lowbit.parts import TensorSpec
 from lowbit.plugins import registry
 from lowbit.scheme import Grid, Scheme, Zero

@@ -10,7 +10,7 @@ from lowbit import installed
 from lowbit.convert import convert
 from lowbit.diff import floats
 from lowbit.grids import dequantize
-from lowbit.interfaces import Metadata
+from lowbit.metadata import Metadata
 from lowbit.parts import TensorSpec
 from lowbit.plan import Target
 from lowbit.recipe import Recipe, Rule

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowbit.grids import dequantize
-from lowbit.interfaces import Metadata
+from lowbit.metadata import Metadata
 from lowbit.parts import TensorSpec
 from lowbit.tensors import QuantizedTensor
 from lowbit.testing import samples

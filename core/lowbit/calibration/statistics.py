@@ -141,7 +141,8 @@ def _squares(rows: Tensor) -> Tensor:
     """Return the sums of squares over rows, in float64; on a GPU the rows are read once and nothing is written."""
     if rows.device.type == "cpu":
         return rows.float().square().sum(0, dtype=torch.float64)
-    return torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64)
+    return norms.square()
 
 
 def _family(name: str) -> str:

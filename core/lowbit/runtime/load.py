@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from lowbit.errors import CheckpointError, OptionError
-from lowbit.interfaces import Checkpoint, Metadata
+from lowbit.interfaces import Checkpoint
+from lowbit.metadata import Metadata
 from lowbit.plugins import installed
 from lowbit.registry import Registry
 from lowbit.runtime.choice import choose, problem_for
@@ -281,19 +282,19 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def _bare() -> Iterator[None]:
     """Spare layers on meta their random numbers, which nobody will see: half the time that building a model takes."""
-    kinds = (nn.Linear, nn.Embedding)
+    kinds: tuple[Any, ...] = (nn.Linear, nn.Embedding)
     resets = [kind.reset_parameters for kind in kinds]
 
     def unless_meta(reset: Callable[[Any], None]) -> Callable[[Any], None]:
         return lambda module: None if module.weight.is_meta else reset(module)
 
     for kind, reset in zip(kinds, resets, strict=True):
-        kind.reset_parameters = unless_meta(reset)  # type: ignore[method-assign]
+        kind.reset_parameters = unless_meta(reset)
     try:
         yield
     finally:
         for kind, reset in zip(kinds, resets, strict=True):
-            kind.reset_parameters = reset  # type: ignore[method-assign]
+            kind.reset_parameters = reset
 
 
 @contextmanager

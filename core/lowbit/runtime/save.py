@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import OutputError
-from lowbit.interfaces import Entry, Metadata, SideFile, Value
+from lowbit.interfaces import Entry, Value
+from lowbit.metadata import Metadata, SideFile
 from lowbit.parts import TensorSpec
 from lowbit.plugins import installed
 from lowbit.registry import Registry

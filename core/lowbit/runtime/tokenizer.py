@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lowbit.errors import CheckpointError
-from lowbit.interfaces import Metadata
+from lowbit.metadata import Metadata
 from lowbit.plugins import installed
 from lowbit.registry import Registry
 from lowbit.runtime.extras import need_transformers

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, WeightError
-from lowbit.interfaces import DEFAULT_SHARD_SIZE, Calibration, Checkpoint, Entry, Exporter, Metadata, Value
+from lowbit.interfaces import DEFAULT_SHARD_SIZE, Calibration, Checkpoint, Entry, Exporter, Value
 from lowbit.loaders import LoaderRule
+from lowbit.metadata import Metadata
 from lowbit.parts import TensorSpec
 from lowbit.scheme import Scheme
 from lowbit.staging import final_place, staged

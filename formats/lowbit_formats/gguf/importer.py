@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lowbit import memory
 from lowbit.errors import CheckpointError
-from lowbit.interfaces import Calibration, Checkpoint, Entry, Importer, Metadata, SideFile, Value
+from lowbit.interfaces import Calibration, Checkpoint, Entry, Importer, Value
+from lowbit.metadata import Metadata, SideFile
 from lowbit.parts import TensorSpec
 from lowbit.tensors import PackedSpec, PackedTensor, bit_equal
 from lowbit_formats import imatrix

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowbit.errors import CheckpointError
-from lowbit.interfaces import Metadata
+from lowbit.metadata import Metadata
 from lowbit_formats.gguf.keys import Key, Keys, f32, text, texts, u32
 from lowbit_formats.strict_json import parse_object
 

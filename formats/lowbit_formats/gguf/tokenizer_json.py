@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowbit.errors import CheckpointError
-from lowbit.interfaces import Metadata
+from lowbit.metadata import Metadata
 from lowbit_formats.gguf import pre_hashes
 from lowbit_formats.gguf.pretokenizers import recognise
 from lowbit_formats.gguf.tokenizer_files import SPACE, merges_by_score

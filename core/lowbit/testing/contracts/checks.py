@@ -9,7 +9,8 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 
-from lowbit.interfaces import Entry, Metadata, Value
+from lowbit.interfaces import Entry, Value
+from lowbit.metadata import Metadata
 from lowbit.parts import TensorSpec
 from lowbit.tensors import PackedTensor, QuantizedTensor, bit_equal
 

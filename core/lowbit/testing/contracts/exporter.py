@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from lowbit.errors import LowbitError, OutputError
-from lowbit.interfaces import Entry, Exporter, Importer, Metadata, Packer, SideFile, Value
+from lowbit.interfaces import Entry, Exporter, Importer, Packer, Value
+from lowbit.metadata import Metadata, SideFile
 from lowbit.parts import TensorSpec
 from lowbit.tensors import PackedTensor
 from lowbit.testing import samples, weights

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from lowbit.errors import CheckpointError
-from lowbit.interfaces import Checkpoint, Importer, Metadata, Value
+from lowbit.interfaces import Checkpoint, Importer, Value
+from lowbit.metadata import Metadata
 from lowbit.testing.contracts.checks import assert_metadata, assert_same_value, assert_sentence, entry_of, override
 
 

@@ -2,7 +2,10 @@
 //
 // Two neighbouring columns are one index of 2 * BITS bits into a table of 2^(2 * BITS) pairs of fp16 entries. The table stands
 // there 32 times, once in every bank, so that the 32 lanes of a load never meet (a random index into a single copy runs at a third
-// of the rate, measured on an H200): entry i of lane l lies at 128 * i + 4 * l bytes. 4 bits: 32 KB, 3 bits: 8 KB, 2 bits: 2 KB.
+// of the rate, measured on an H200): entry i of lane l lies at 128 * i + 4 * l bytes. 4 bits: 32 KB, 3 bits: 8 KB.
+//
+// 2 bits: four codes are an index of 8 bits into a table of 256 quads, 8 bytes each, 16 times: half as many loads and indices to
+// make. Two pairs of the drawing below that follow each other are a quad.
 //
 //   index:   [ odd column | even column ]        pair:   [ fp16 of the odd column | fp16 of the even column ]
 //
@@ -28,17 +31,21 @@ struct CodebookDecoder {
   static_assert(Bits == 2 || Bits == 3 || Bits == 4, "pairs of wider codes do not fit in shared memory");
   static constexpr int BITS = Bits, FIELD = 2 * BITS, ENTRIES = 1 << FIELD, MASK = ENTRIES - 1;
   static constexpr bool INTEGER = false;  // registers hold the weights themselves, not fields of integers
-  static constexpr int TABLE_BYTES = ENTRIES * 128;
+  static constexpr bool QUADS = BITS == 2;
+  static constexpr int TABLE_BYTES = (QUADS ? 256 : ENTRIES) * 128;
 
   static __device__ constexpr int position(int, int) { return 0; }
 
+  static __device__ __forceinline__ uint32_t pair(int index, const float* codebook) {
+    const __half2 entries = __floats2half2_rn(codebook[index & ((1 << BITS) - 1)], codebook[index >> BITS & ((1 << BITS) - 1)]);
+    return *reinterpret_cast<const uint32_t*>(&entries);
+  }
+
   // Fill the table from the 2^BITS entries, all threads of the block together; the caller synchronizes.
   static __device__ __forceinline__ void prepare(char* table, const float* codebook) {
-    for (int i = threadIdx.x; i < ENTRIES * 8; i += blockDim.x) {
-      const int entry = i >> 3;
-      const __half2 pair = __floats2half2_rn(codebook[entry & ((1 << BITS) - 1)], codebook[entry >> BITS]);
-      const uint32_t bits = *reinterpret_cast<const uint32_t*>(&pair);
-      reinterpret_cast<uint4*>(table)[i] = make_uint4(bits, bits, bits, bits);
+    for (int i = threadIdx.x; i < TABLE_BYTES / 16; i += blockDim.x) {
+      const uint32_t low = pair(i >> 3, codebook), high = QUADS ? pair(i >> 7, codebook) : low;
+      reinterpret_cast<uint4*>(table)[i] = make_uint4(low, high, low, high);
     }
   }
 
@@ -56,9 +63,20 @@ struct CodebookDecoder {
   }
 
   static __device__ __forceinline__ void decode(const uint32_t* words, uint32_t (&a)[4][4], const Table& table) {
+    if constexpr (QUADS) {
+      const uint32_t lane8 = table.lane << 1 & 0x78u;  // which of 16 copies
 #pragma unroll
-    for (int number = 0; number < 16; ++number) {
-      asm("ld.shared.u32 %0, [%1];" : "=r"(a[number / 4][number % 4]) : "r"(table.address + offset(words, number, table.lane)));
+      for (int quad = 0; quad < 8; ++quad) {
+        const uint32_t word = words[quad / 4], index = quad % 4 ? word >> (8 * (quad % 4) - 7) : word << 7;
+        asm("ld.shared.v2.u32 {%0, %1}, [%2];"
+            : "=r"(a[quad / 2][quad % 2 * 2]), "=r"(a[quad / 2][quad % 2 * 2 + 1])
+            : "r"(table.address + (index & 0x7f80u | lane8)));
+      }
+    } else {
+#pragma unroll
+      for (int number = 0; number < 16; ++number) {
+        asm("ld.shared.u32 %0, [%1];" : "=r"(a[number / 4][number % 4]) : "r"(table.address + offset(words, number, table.lane)));
+      }
     }
   }
 
