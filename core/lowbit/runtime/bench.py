@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lowbit.runtime.generate import stream
+from lowbit.runtime.graphs import READY_STEPS
 from lowbit.runtime.linear import QuantLinear
 
 
@@ -40,8 +41,9 @@ def measure_rates(model: Any, prompt_tokens: int, new_tokens: int, repeat: int) 
     vocabulary = model.get_input_embeddings().num_embeddings
     prompt = torch.randint(vocabulary, (prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     runs = [_run(model, prompt, new_tokens) for _ in range(repeat + 1)][1:]
-    prefill = statistics.median(prompt_tokens / first for first, _ in runs)
-    return Rates(prefill, statistics.median((new_tokens - 1) / rest for _, rest in runs))
+    return Rates(
+        statistics.median(prompt_tokens / first for first, _ in runs), statistics.median(rate for _, rate in runs)
+    )
 
 
 def measure_layers(model: nn.Module, repeat: int = 30) -> list[LayerTime]:
@@ -54,13 +56,18 @@ def measure_layers(model: nn.Module, repeat: int = 30) -> list[LayerTime]:
 
 
 def _run(model: Any, prompt: list[int], new_tokens: int) -> tuple[float, float]:
+    """Return the seconds to the first token, and tokens per second after those that get a GPU ready (``graphs.READY_STEPS``)."""
     tokens = stream(model, prompt, new_tokens)
     started = time.perf_counter()
     next(tokens)  # the loop reads each token, which waits for the device
     first = time.perf_counter()
+    ready = min(READY_STEPS, new_tokens - 2) if model.device.type == "cuda" else 0
+    for _ in range(ready):
+        next(tokens)
+    begun = time.perf_counter()
     for _ in tokens:
         pass
-    return first - started, time.perf_counter() - first
+    return first - started, (new_tokens - 1 - ready) / (time.perf_counter() - begun)
 
 
 def _pair(layer: QuantLinear, repeat: int) -> tuple[float, float]:

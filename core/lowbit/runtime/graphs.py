@@ -10,6 +10,8 @@ from torch import Tensor
 from lowbit.runtime.experts import PackedExperts
 
 _EAGER_STEPS = 2  # before a capture everything must have run: kernels loaded, workspaces allocated, caches filled
+READY_STEPS = _EAGER_STEPS + 1
+"""Steps until decoding runs at its speed: the third is captured first."""
 
 
 def can_graph(model: Any) -> bool:
