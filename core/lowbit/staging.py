@@ -24,10 +24,17 @@ def staged(destination: Path, overwrite: bool = False) -> Iterator[Path]:
     when the destination exists and ``overwrite`` is false, its parent is missing, or the disk is full.
     """
     check_destination(destination, overwrite)
+    with scratch(destination) as temporary:
+        yield temporary
+        _replace(temporary, destination)
+
+
+@contextmanager
+def scratch(destination: Path) -> Iterator[Path]:
+    """Yield a path beside ``destination`` to write to; what is left of it at the end is removed. Raises OutputError."""
     temporary = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
         yield temporary
-        _replace(temporary, destination)
     except OSError as error:
         raise write_error(destination, error) from error
     finally:

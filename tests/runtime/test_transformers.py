@@ -54,7 +54,12 @@ def test_save_pretrained_round_trip_is_exact(auto, pair, tmp_path, tokens):
     assert same(pair[0], tmp_path / "saved")
     again = auto.from_pretrained(tmp_path / "saved", dtype="auto")
     assert torch.equal(logits(again, tokens), logits(model, tokens))
+    (tmp_path / "saved" / "lowbit-00001-of-00002.safetensors").write_bytes(b"of an earlier save, in two shards")
+    (tmp_path / "saved" / "adapter_model.safetensors").write_bytes(b"someone else's")
     model.save_pretrained(tmp_path / "saved")  # over itself
+    kept = {file.name for file in (tmp_path / "saved").glob("*.safetensors")}
+    assert kept == {"lowbit.safetensors", "adapter_model.safetensors"}
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
 def test_a_model_of_lowbit_load_saves_as_a_native_folder(pair, tmp_path):
@@ -72,6 +77,22 @@ def test_what_a_native_folder_cannot_be_is_refused(llama_folder, tmp_path):
     with pytest.raises(CheckpointError, match="keep_packed"):
         lowbit.load(llama_folder, prepare=True).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_plugins_and_kernels_compute_on_the_cpu(auto, llama_folder, monkeypatch):
+    """And not on meta, where transformers makes the model: what they keep would have no values, now and for ever."""
+    from lowbit.runtime import hf
+
+    places = []
+
+    def watched():
+        places.append(torch.empty(0).device.type)
+        return lowbit.installed()
+
+    monkeypatch.setattr(hf, "installed", watched)
+    auto.from_pretrained(llama_folder)
+    assert len(places) > 1
+    assert set(places) == {"cpu"}
 
 
 def test_without_the_import_transformers_stops(auto, llama_folder, monkeypatch):

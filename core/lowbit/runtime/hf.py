@@ -63,6 +63,7 @@ class LowbitQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: LowbitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        installed()  # plugins make tensors when they are imported, and from here on new tensors are on meta
         self.streaming = quantization_config.streaming
         self.slots: Slots | None = None
 
@@ -95,10 +96,11 @@ class LowbitQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> Any:
-        if self.streaming is not None:
-            self.streaming.open_slots(model)
-        elif self.pre_quantized:
-            self.slots = _make_layers(model, Path(checkpoint_files[0]).parent)
+        with torch.device("cpu"):  # not on meta, as transformers has it here: packers and kernels may compute to answer
+            if self.streaming is not None:
+                self.streaming.open_slots(model)
+            elif self.pre_quantized:
+                self.slots = _make_layers(model, Path(checkpoint_files[0]).parent)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lowbit.parts import TensorSpec
 from lowbit.plugins import installed
 from lowbit.registry import Registry
 from lowbit.runtime.packed_module import PackedModule
-from lowbit.staging import check_destination, staged
+from lowbit.staging import check_destination, scratch, staged
 
 FORMAT = "native"
 
@@ -47,13 +48,30 @@ def native_save(model: Any) -> None:
         if refused:
             raise OutputError(f"a lowbit model is saved as a native folder, which has no {min(refused)}; leave it out")
         folder = Path(save_directory)
-        with staged(folder.parent / f".{folder.name}.lowbit", True) as temporary:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with scratch(folder) as temporary:
             _write(model, temporary, installed())
-            folder.mkdir(parents=True, exist_ok=True)
-            for file in temporary.iterdir():
-                file.replace(folder / file.name)
+            folder.mkdir(exist_ok=True)
+            _move(temporary, folder)
 
     model.save_pretrained = save_pretrained
+
+
+def _move(source: Path, folder: Path) -> None:
+    """Move the files of a folder into another, where weights of an earlier save, in more or fewer shards, have to go."""
+    files = {file.name: file for file in source.iterdir()}
+    stems = {stem for name in files if (stem := _stem(name))}
+    for file in list(folder.iterdir()):
+        if file.name not in files and _stem(file.name) in stems:
+            file.unlink()
+    for name, file in files.items():
+        file.replace(folder / name)
+
+
+def _stem(name: str) -> str | None:
+    """Return what the names of the shards of one checkpoint and of their index begin with; None for other files."""
+    found = re.fullmatch(r"(.+?)(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)
+    return found[1] if found else None
 
 
 def _write(model: Any, folder: Path, registry: Registry) -> None:
