@@ -85,7 +85,7 @@ class GptqPacker(StreamPacker):
         scheme, buffers = packed.scheme, packed.buffers
         parts = {"scales": buffers["scales"][:, start:stop].T.contiguous()}
         if scheme.zero is Zero.INTEGER:
-            words = buffers["qzeros"][:, start * scheme.bits // 32 : stop * scheme.bits // 32]
+            words = buffers["qzeros"][:, start * scheme.bits // 32 : word_count(stop, scheme.bits)]
             zeros = unpack_words(words, scheme.bits, stop - start)  # (groups, out)
             parts["zeros"] = zeros.T.to(torch.int16).contiguous()
         if scheme.permutation:
@@ -96,7 +96,7 @@ class GptqPacker(StreamPacker):
         """Write scales and zeros of some rows, and the index of groups with the first."""
         scheme, buffers = packed.scheme, packed.buffers
         buffers["scales"][:, start:stop] = parts["scales"].T
-        words = buffers["qzeros"][:, start * scheme.bits // 32 : stop * scheme.bits // 32]
+        words = buffers["qzeros"][:, start * scheme.bits // 32 : word_count(stop, scheme.bits)]
         words.copy_(self._pack_zeros(scheme, (stop - start, packed.shape[1]), parts))
         if start == 0:
             sequential = sequential_index(packed.shape[1], scheme.group_size)

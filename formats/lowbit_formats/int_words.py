@@ -124,8 +124,8 @@ def only_code(words: Tensor, bits: int, columns: int) -> int | None:
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """Return a matrix whose strides are those of its shape: torch calls (1, n) contiguous whatever its first stride is."""
-    return matrix.contiguous().reshape(-1).view(matrix.shape)
+    """Return a matrix whose strides are those of its shape: torch calls it contiguous whatever the stride of a side of 1 is."""
+    return matrix.contiguous().as_strided(matrix.shape, (matrix.shape[1], 1))
 
 
 def check_codes(codes: Tensor, bits: int) -> None:
