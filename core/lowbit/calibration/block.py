@@ -36,7 +36,7 @@ class Block(ABC):
 
     @abstractmethod
     def mask(self, index: Sequence[int]) -> Tensor:
-        """Return which tokens count, bool ``(len(index), seqlen)``; padding does not."""
+        """Return which tokens count, bool ``(len(index), seqlen)`` on the CPU; padding does not."""
 
     @abstractmethod
     def forward(self, hidden: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from lowbit.staging import check_destination
 from lowbit.tensors import QuantizedTensor
 from lowbit.work import finish
 
-COMMIT_SHARE = 0.1
+COMMIT_SHARE = 0.05
 """Activations of large models take seconds to write: they are, as soon as that is at most this share of the time since last."""
 DISK_RATE = 1e9
 """Bytes a second: what writing activations is taken to cost before it was measured."""

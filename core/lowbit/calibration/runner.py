@@ -68,7 +68,7 @@ class CapturedBlock(Block):
 
     def mask(self, index: Sequence[int]) -> Tensor:
         """Every token counts: samples are cut from running text, none is padded."""
-        return torch.ones(len(index), self._inputs.shape[1], dtype=torch.bool, device=self._device)
+        return torch.ones(len(index), self._inputs.shape[1], dtype=torch.bool)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Run the module as the model does."""
@@ -334,5 +334,12 @@ def _by_quantizer(choices: Mapping[str, Choice]) -> list[list[str]]:
 
 
 def _to_cpu(quantized: QuantizedTensor) -> QuantizedTensor:
-    parts = {name: part.cpu() for name, part in quantized.parts.items()}
+    parts = {name: _fetched(part) for name, part in quantized.parts.items()}
     return QuantizedTensor(quantized.scheme, quantized.shape, parts)
+
+
+def _fetched(part: Tensor) -> Tensor:
+    """Return ``part`` on the CPU; from a GPU into page-locked memory, which torch keeps for the next block: the GPU waits meanwhile."""
+    if part.device.type != "cuda":
+        return part.cpu()
+    return torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part)

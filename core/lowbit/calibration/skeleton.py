@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,9 @@ class Skeleton:
     def __init__(self, checkpoint: Checkpoint, registry: Registry, device: torch.device, dtype: torch.dtype) -> None:
         need_transformers("calibration")
         self.checkpoint, self.registry, self.device, self.dtype = checkpoint, registry, device, dtype
+        self._copying: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         config = model_config(checkpoint.metadata, str(checkpoint.path))
         with _parameters_on_meta():
             self.model: Any = find_model_class(config)(config)
@@ -86,6 +89,7 @@ class Skeleton:
         try:
             found = filling() if filling else self.read(path, but)
             self._kept = found.matrices
+            _used_here(found.tensors.values())
             self._assign(module, found.tensors)
             del found  # who puts other weights into the module lets these go
             yield module
@@ -94,7 +98,11 @@ class Skeleton:
             self._assign(module, empty)
 
     def read(self, path: str, but: str | None = None) -> Filling:
-        """Read what ``filled`` puts into an empty module, which may happen in another thread, beside the work on another one."""
+        """Read what ``filled`` puts into an empty module, which may happen in another thread, beside the work on another one.
+
+        Weights are copied to a GPU on a stream of their own: on the one that blocks run on, each would wait for all work that is
+        queued there. They have arrived when this returns.
+        """
         prefix, keep = (f"{path}." if path else ""), path in self.blocks
         parameters = {name for name, _ in self._module(path).named_parameters()}
         tensors, matrices = {}, {}
@@ -103,7 +111,10 @@ class Skeleton:
             if keep and value.dim() == 2:
                 matrices[source] = value
             computes = name in parameters and empty.is_floating_point()
-            tensors[name] = value.to(self.device, self.dtype if computes else empty.dtype)
+            with torch.cuda.stream(self._copying) if self._copying else nullcontext():
+                tensors[name] = value.to(self.device, self.dtype if computes else empty.dtype)
+        if self._copying:
+            self._copying.synchronize()
         return Filling(tensors, matrices)
 
     def source_weight(self, name: str) -> Tensor:
@@ -190,6 +201,13 @@ class Skeleton:
     def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         module.load_state_dict(tensors, strict=False, assign=True)
         module.requires_grad_(False)
+
+
+def _used_here(tensors: Iterable[Tensor]) -> None:
+    """Tell torch that tensors are used on this thread's stream, so that their memory is not given to another before that is done."""
+    for tensor in tensors:
+        if tensor.device.type == "cuda":
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def _shape(tensor: Tensor) -> str:

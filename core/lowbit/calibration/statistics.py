@@ -120,7 +120,7 @@ class Statistics:
         if self._last is not None and self._last[0] is x and not (hessian and self._last[2] is None):
             return self._last[1], self._last[2]
         rows = x.detach().reshape(-1, x.shape[-1])
-        squares = _squares(rows)
+        squares = _squares(rows, hessian)
         rows = rows.float() if hessian else rows
         products = rows.T @ rows if hessian else None
         self._last = (x, squares, products)
@@ -137,12 +137,16 @@ class Statistics:
         return pools
 
 
-def _squares(rows: Tensor) -> Tensor:
-    """Return the sums of squares over rows, in float64; on a GPU the rows are read once and nothing is written."""
+def _squares(rows: Tensor, checks: bool) -> Tensor:
+    """Return the sums of squares over rows, to be added in float64; those that ``checks`` a Hessian are float64 from the start.
+
+    On a GPU the rows are read once and nothing is written: torch sums float16 and bfloat16 in float32 as it reads them, but
+    makes a copy of all rows for float64.
+    """
     if rows.device.type == "cpu":
         return rows.float().square().sum(0, dtype=torch.float64)
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64)
-    return norms.square()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64 if checks else torch.float32)
+    return norms.double().square()
 
 
 def _family(name: str) -> str:

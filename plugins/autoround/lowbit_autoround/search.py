@@ -55,7 +55,7 @@ def search_symmetric(groups: Tensor, extremes: Tensor, bits: int, importance: Te
         steps = torch.mul(unit, inverse, out=buffers.steps).round_().clamp_(-half, half - 1)
         scale, score = _fit_scale(unit, steps, importance, buffers)
         better = score > best_score
-        best[better], best_score[better] = scale[better], score[better]
+        _keep(better, (best, scale), (best_score, score))
 
     for factor in _signed_factors(bits):
         consider(half / factor)
@@ -84,7 +84,7 @@ def search_integer(
         steps.add_(shift).clamp_(0, last).sub_(shift)
         scale, score = _fit_scale(unit, steps, importance, buffers)
         better = (score > best_score) & (scale > 0)
-        best[better], best_zero[better], best_score[better] = scale[better], zero[better], score[better]
+        _keep(better, (best, scale), (best_zero, zero), (best_score, score))
 
     for down, up in _end_pairs(bits):
         step = (up * high - down * low) / last
@@ -111,7 +111,7 @@ def search_minimum(
         steps = torch.sub(unit, _column(start), out=buffers.steps).div_(_column(step)).round_().clamp_(0, last)
         scale, minimum, score = _fit_line(unit, steps, importance, buffers)
         better = (score > best_score) & (scale > 0)
-        best[better], best_minimum[better], best_score[better] = scale[better], minimum[better], score[better]
+        _keep(better, (best, scale), (best_minimum, minimum), (best_score, score))
 
     for down, up in _end_pairs(bits):
         consider((up + down) / 2 / last, -down / 2)
@@ -163,6 +163,12 @@ def _fit_line(
     scale = (mass * along - count * total) / (mass * energy - count * count)
     minimum = (total - scale * count) / mass
     return scale, minimum, scale * along + minimum * total
+
+
+def _keep(better: Tensor, *found: tuple[Tensor, Tensor]) -> None:
+    """Write the second of each pair to the first where it is ``better``; an assignment by a mask would wait for a GPU to count it."""
+    for best, values in found:
+        torch.where(better, values, best, out=best)
 
 
 def _column(value: Tensor | float) -> Tensor | float:

@@ -97,7 +97,7 @@ class Tuner:
         self._runner, self._weights, self._schedule = runner, weights, schedule
         self._parameters = {name: parameters[name] for name in weights}
         self._checked = checked_samples(runner.block.samples, schedule.batch_size)
-        self._skips = schedule.tokens < 1
+        self._skips, self._hidden = schedule.tokens < 1, runner.block.targets([0]).shape[-1]
 
     def run(self, tune_scales: Mapping[str, bool]) -> Outcome:
         """Tune, and return the best state. Raises NotFiniteError when a loss is NaN or infinite."""
@@ -166,12 +166,11 @@ class Tuner:
         return loss
 
     def _counted(self, index: Sequence[int]) -> Tensor:
-        return self._runner.block.mask(index).cpu().clone()
+        return self._runner.block.mask(index).clone()
 
     def _values(self, counted: Tensor) -> int:
         """Return how many output values belong to the tokens that count; at least 1."""
-        hidden = self._runner.block.targets([0]).shape[-1]
-        return max(1, int(counted.sum()) * hidden)
+        return max(1, int(counted.sum()) * self._hidden)
 
 
 def checked_samples(samples: int, batch_size: int) -> list[int]:

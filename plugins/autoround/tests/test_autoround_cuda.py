@@ -27,6 +27,7 @@ KINDS = {
     "integer": dataclasses.replace(PLAIN, symmetric=False, group_size=32),
     "minimum": dataclasses.replace(PLAIN, symmetric=False, zero="minimum", group_size=16),
     "odd": dataclasses.replace(PLAIN, group_size=24, scale="search", symmetric=False),
+    "uneven": dataclasses.replace(PLAIN, group_size=96),  # 24 fours for 32 threads
     "row": dataclasses.replace(PLAIN, group_size=None),
     **{f"q{bits}_k": PLAIN.for_scheme(K_SCHEMES[bits]) for bits in K_SCHEMES},
 }
