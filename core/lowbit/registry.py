@@ -19,7 +19,9 @@ from lowbit.errors import (
     UnknownComponentError,
 )
 from lowbit.interfaces import Calibration, Checkpoint, Exporter, Importer, Kernel, MatmulProblem, Packer, Quantizer
+from lowbit.parts import TensorSpec
 from lowbit.scheme import Scheme
+from lowbit.tensors import PackedSpec
 
 T = TypeVar("T")
 
@@ -93,6 +95,23 @@ def with_article(scheme: Scheme) -> str:
     return f"{'an' if scheme.summary()[0] in 'aeiou' else 'a'} {scheme.summary()}"
 
 
+def _difference(buffers: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec]) -> str:
+    """Say which buffer is missing, surplus, or of another dtype or shape."""
+    for name in sorted(wanted.keys() | buffers.keys()):
+        if name not in buffers:
+            return f"it has no {name}"
+        if name not in wanted:
+            return f"such a weight has no {name}"
+        has, needs = buffers[name], wanted[name]
+        if has != needs:
+            return f"{name} is {_text(has)}, and such a weight needs {_text(needs)}"
+    raise AssertionError("equal buffers have no difference")
+
+
+def _text(spec: TensorSpec) -> str:
+    return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
+
+
 class Registry:
     """All components; build one with ``lowbit.plugins.installed()`` or, in tests, register by hand."""
 
@@ -104,19 +123,48 @@ class Registry:
         self.exporters: Table[Exporter] = Table("export format", Exporter, "format")
 
     def open(self, path: Path) -> Checkpoint:
-        """Open a checkpoint with the first importer that recognises it; raise CheckpointError with every reason."""
+        """Open a checkpoint with the first importer that recognises it.
+
+        Raises CheckpointError, with every reason, when none does, and when buffers do not fit the scheme that is declared for them.
+        """
         if not path.exists():
             raise CheckpointError(f"{path} does not exist; give a model folder or a .gguf or .safetensors file")
         reasons = {}
         for importer in self.importers.by_priority():
             reason = importer.why_not(path)
             if reason is None:
-                return importer.open(path)
+                checkpoint = importer.open(path)
+                try:
+                    self._check_buffers(checkpoint)
+                except BaseException:
+                    checkpoint.close()
+                    raise
+                return checkpoint
             reasons[importer.format] = reason
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise CheckpointError(
             f"{path} holds no checkpoint that an installed format can read ({listed or 'none installed'})"
         )
+
+    def _check_buffers(self, checkpoint: Checkpoint) -> None:
+        """Raise CheckpointError for a packed weight whose buffers are not those that its layout has for its scheme and shape."""
+        known: dict[tuple[str, int, tuple[int, int]], Mapping[str, TensorSpec] | str] = {}
+        for name, entry in checkpoint.entries.items():
+            if not isinstance(entry, PackedSpec) or entry.layout not in self.packers:
+                continue
+            key = (
+                entry.layout,
+                id(entry.scheme),
+                entry.shape,
+            )  # by identity: hashing a scheme takes longer than asking
+            if key not in known:
+                packer = self.packers[entry.layout]
+                known[key] = packer.why_not(entry.scheme, entry.shape) or packer.specs(entry.scheme, entry.shape)
+            wanted = known[key]
+            if wanted != entry.buffers:
+                declared = f"{checkpoint.path}: {name} is declared as {with_article(entry.scheme)} weight"
+                reason = wanted if isinstance(wanted, str) else _difference(entry.buffers, wanted)
+                raise CheckpointError(f"{declared} in layout {entry.layout!r}, but {reason}")
 
     def calibration(self, path: Path, checkpoint: Checkpoint) -> Mapping[str, Calibration]:
         """Read a calibration file, such as an importance matrix, for the weights of ``checkpoint``.

@@ -3,7 +3,20 @@ import itertools
 import pytest
 import torch
 
-from lowbit import Exporter, Grid, Importer, Kernel, MatmulProblem, PackedTensor, Packer, Quantizer, Registry, Scheme
+from lowbit import (
+    Checkpoint,
+    Exporter,
+    Grid,
+    Importer,
+    Kernel,
+    MatmulProblem,
+    PackedTensor,
+    Packer,
+    Quantizer,
+    Registry,
+    Scheme,
+    TensorSpec,
+)
 from lowbit.errors import (
     CheckpointError,
     DuplicateComponentError,
@@ -12,6 +25,7 @@ from lowbit.errors import (
     UnknownComponentError,
 )
 from lowbit.registry import INSTALL_HINTS, Route
+from lowbit.tensors import PackedSpec
 
 SCHEME, SHAPE = Scheme(Grid.AFFINE, 4, 32), (8, 64)
 
@@ -70,15 +84,29 @@ class ToyExporter(Exporter):
         raise NotImplementedError
 
 
+class ToyCheckpoint(Checkpoint):
+    closed = False
+
+    def __init__(self, path, entries):
+        self.path, self.entries = path, entries
+
+    def read(self, name):
+        raise NotImplementedError
+
+    def close(self):
+        self.closed = True
+
+
 class ToyImporter(Importer):
-    def __init__(self, format, priority=0, reason=None):
+    def __init__(self, format, priority=0, reason=None, entries=None):
         self.format, self.priority, self.reason = format, priority, reason
+        self.checkpoint = ToyCheckpoint(format, entries or {})
 
     def why_not(self, path):
         return self.reason
 
     def open(self, path):
-        return self.format
+        return self.checkpoint
 
 
 def registry(*components):
@@ -142,7 +170,7 @@ def test_tables_are_sorted_mappings():
 
 def test_the_most_specific_importer_opens_a_path_whatever_was_installed_first(tmp_path):
     importers = [ToyImporter("general"), ToyImporter("special", 5), ToyImporter("best", 9, "holds no best.json")]
-    assert {found.open(tmp_path) for found in orders(importers)} == {"special"}
+    assert {found.open(tmp_path).path for found in orders(importers)} == {"special"}
 
 
 def test_a_path_that_nobody_reads_gets_every_reason(tmp_path):
@@ -153,6 +181,31 @@ def test_a_path_that_nobody_reads_gets_every_reason(tmp_path):
         found.open(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="none installed"):
         registry().open(tmp_path)
+
+
+class CodesPacker(ToyPacker):
+    def specs(self, scheme, shape):
+        return {"codes": TensorSpec(torch.uint8, shape)}
+
+
+@pytest.mark.parametrize(
+    ("buffers", "reason", "words"),
+    [
+        ({}, None, "it has no codes"),
+        ({"codes": (8, 64), "scales": (8,)}, None, "such a weight has no scales"),
+        ({"codes": (8, 32)}, None, r"codes is uint8 \[8, 32\], and such a weight needs uint8 \[8, 64\]"),
+        ({"codes": (8, 64)}, "holds no such scheme", "holds no such scheme"),
+    ],
+)
+def test_buffers_that_do_not_fit_the_declared_scheme_are_refused(buffers, reason, words, tmp_path):
+    spec = PackedSpec("codes", SCHEME, SHAPE, {name: TensorSpec(torch.uint8, shape) for name, shape in buffers.items()})
+    importer = ToyImporter("toy", entries={"a.weight": spec})
+    with pytest.raises(
+        CheckpointError, match=f"toy: a.weight is declared as an affine .* in layout 'codes', but {words}"
+    ):
+        registry(importer, CodesPacker("codes", reason=reason)).open(tmp_path)
+    assert importer.checkpoint.closed
+    assert registry(importer).open(tmp_path) is importer.checkpoint  # nobody here knows the layout
 
 
 def test_a_format_that_stores_anything_takes_the_best_packer():

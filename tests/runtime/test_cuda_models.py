@@ -5,6 +5,7 @@ import torch
 
 import lowbit
 from lowbit import QuantLinear
+from lowbit.runtime.bench import measure_layers, replayed
 from lowbit.runtime.generate import stream
 from lowbit.runtime.graphs import GraphedSteps, can_graph
 from lowbit.tensors import bit_equal
@@ -78,3 +79,19 @@ def test_steps_are_replayed_from_the_third_on(llama_folder):
     first = steps.step(3).clone()
     assert steps.graph is not None
     assert not torch.equal(steps.step(4), first)
+
+
+def test_layers_are_timed_by_replay(llama_folder):
+    times = measure_layers(lowbit.load(llama_folder, "cuda", torch.float16), repeat=3)
+    assert {(each.shape, each.count) for each in times} == {((64, 64), 4), ((32, 64), 4), ((96, 64), 4), ((64, 96), 2)}
+    assert all(each.replayed and each.packed > 0 < each.dense for each in times)
+
+
+def test_what_waits_for_the_gpu_is_not_captured():
+    x = torch.ones(4, device="cuda")
+    assert replayed([lambda: x.sum().item()]) is None
+    run, count = replayed([lambda: x.add_(1), lambda: x.mul_(1)])
+    before = x[0].item()
+    run()
+    assert count == 64
+    assert x[0].item() == before + 32

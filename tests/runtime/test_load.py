@@ -147,6 +147,16 @@ def test_models_that_do_not_fit_are_refused_in_a_sentence(llama_folder, tmp_path
     assert "\n" not in str(caught.value)
 
 
+def test_buffers_of_another_scheme_are_refused_at_once(llama_folder, tmp_path):
+    folder = shutil.copytree(llama_folder, tmp_path / "copy")
+    said = (folder / "lowbit.json").read_text()
+    (folder / "lowbit.json").write_text(said.replace('"bits": 4', '"bits": 3'))
+    with pytest.raises(
+        CheckpointError, match=r"declared as an affine 3-bit g32 weight in layout 'plain', but qweight is"
+    ):
+        lowbit.load(folder)
+
+
 def test_a_path_without_a_config_is_refused(tmp_path, llama_folder):
     from safetensors.torch import save_file
 
@@ -155,7 +165,15 @@ def test_a_path_without_a_config_is_refused(tmp_path, llama_folder):
         lowbit.load(tmp_path)
 
 
-@pytest.mark.parametrize(("device", "words"), [("tpu7", "no device is named 'tpu7'"), ("cuda", "no CUDA device")])
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("tpu7", "no device is named 'tpu7'"),
+        ("cuda", "no CUDA device"),
+        ("xpu:3", r"this torch \(\S+\), has no device xpu:3"),
+        ("meta", "'meta' holds no weights"),
+    ],
+)
 def test_devices_that_are_not_there_are_refused(llama_folder, device, words):
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")

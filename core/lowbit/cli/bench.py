@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 @json_option
 def bench_command(model: Path, device: str, dtype: str | None, explain: bool, as_json: bool, **flags: Any) -> None:
     """Time MODEL: tokens per second of prefill and decode, memory, and each kind of layer against a dense one."""
-    from lowbit.runtime.bench import measure_layers, measure_rates
+    from lowbit.runtime.bench import import_model_code, measure_layers, measure_rates
     from lowbit.runtime.explain import explain as explain_model
 
     for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("repeat", 1)):
         check_at_least(name.replace("_", "-"), flags[name], least)
+    import_model_code(model)
     started = time.perf_counter()
     loaded = load_model(model, device, dtype)
     seconds = time.perf_counter() - started
@@ -85,7 +86,8 @@ def _show(document: dict[str, Any], layers: list[LayerTime]) -> None:
             for layer in layers
         ]
         columns = ("kernel", "layout", "shape", ">layers", ">us packed", ">us dense", ">dense / packed")
-        print_table("One row of activations", columns, rows)
+        replayed = ", replayed from CUDA graphs" if all(layer.replayed for layer in layers) else ""
+        print_table(f"One row of activations{replayed}", columns, rows)
 
 
 def _layer_json(layer: LayerTime) -> dict[str, Any]:
@@ -96,4 +98,5 @@ def _layer_json(layer: LayerTime) -> dict[str, Any]:
         "layers": layer.count,
         "packed_us": layer.packed,
         "dense_us": layer.dense,
+        "replayed": layer.replayed,
     }

@@ -20,7 +20,7 @@ from lowbit.plugins import installed
 from lowbit.registry import Registry
 from lowbit.runtime.choice import choose, problem_for
 from lowbit.runtime.embedding import QuantEmbedding
-from lowbit.runtime.extras import need_transformers
+from lowbit.runtime.extras import need_transformers, quiet
 from lowbit.runtime.lazy import LazyTensor, lazy_tensor
 from lowbit.runtime.linear import QuantLinear
 from lowbit.runtime.packed_module import PackedModule
@@ -101,7 +101,7 @@ class Streaming:
         model_class, quantization = find_model_class(config), LowbitConfig()
         quantization.streaming = self
         options = {"config": config, "state_dict": self.tensors, "dtype": self.dtype, "output_loading_info": True}
-        with _quiet(), _bare():
+        with quiet(), _bare():
             try:
                 model, report = model_class.from_pretrained(
                     None, quantization_config=quantization, **options, **_generation(self.checkpoint.metadata)
@@ -187,6 +187,14 @@ def compute_device(device: torch.device | str) -> torch.device:
         raise OptionError(f"no device is named {device!r}; use cpu, cuda or cuda:N") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"this machine, or this torch ({torch.__version__}), has no CUDA device; use device='cpu'")
+    if place.type == "meta":
+        raise OptionError("device 'meta' holds no weights to run; use cpu, cuda or cuda:N")
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # backends that this torch was built without
+        raise OptionError(
+            f"this machine, or this torch ({torch.__version__}), has no device {place}; use device='cpu'"
+        ) from error
     return place
 
 
@@ -260,23 +268,6 @@ def _check(report: Mapping[str, Any], path: Path) -> None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bar and load report off the terminal; what they say becomes an error."""
-    from transformers import utils
-
-    logging: Any = utils.logging
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
 
 
 @contextmanager

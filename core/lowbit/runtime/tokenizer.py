@@ -11,7 +11,7 @@ from lowbit.errors import CheckpointError
 from lowbit.metadata import Metadata
 from lowbit.plugins import installed
 from lowbit.registry import Registry
-from lowbit.runtime.extras import need_transformers
+from lowbit.runtime.extras import need_transformers, quiet
 
 
 def load_tokenizer(path: str | Path, *, registry: Registry | None = None) -> Any:
@@ -38,7 +38,8 @@ def _tokenizer(folder: Path, path: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).replace(str(folder), path.name).split())
         raise CheckpointError(f"{path} has no tokenizer that transformers can load: {reason}") from error
