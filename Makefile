@@ -49,8 +49,10 @@ $(READY): constraints.txt pyproject.toml $(MEMBERS:%=%/pyproject.toml)
 	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e ".[all,hf,gpu,plot,test]" $(MEMBERS:%=-e %)
 	@touch $@
 
-$(ORACLES): $(READY) tests/oracles/requirements.txt
+$(ORACLES): $(READY) tests/oracles/requirements.txt tests/oracles/requirements-gptqmodel.txt
 	$(RUN) -m pip install --disable-pip-version-check -q --no-deps -c constraints.txt -r tests/oracles/requirements.txt
+	rm -rf $(VENV)/gptqmodel
+	$(RUN) -m pip install --disable-pip-version-check -q --no-deps --target $(VENV)/gptqmodel -r tests/oracles/requirements-gptqmodel.txt
 	@touch $@
 
 clean:

@@ -54,14 +54,17 @@ SHOWN_REASONS = 4
 
 
 class NoRouteError(LowbitError):
-    """Nobody can do what was asked; ``reasons`` says why for everyone who was asked, the sentence for the first few."""
+    """Nobody can do what was asked; ``reasons`` says why for everyone who was asked, the sentence the first few different ones."""
 
     def __init__(self, question: str, reasons: Mapping[str, str], hint: str = "") -> None:
         self.question = question
         self.reasons = dict(reasons)
         self.hint = hint
-        shown = [f"{name}: {reason}" for name, reason in list(self.reasons.items())[:SHOWN_REASONS]]
-        if (more := len(self.reasons) - len(shown)) > 0:
+        groups: dict[str, list[str]] = {}
+        for name, reason in self.reasons.items():
+            groups.setdefault(reason, []).append(name)
+        shown = [f"{', '.join(names)}: {reason}" for reason, names in list(groups.items())[:SHOWN_REASONS]]
+        if (more := sum(map(len, list(groups.values())[SHOWN_REASONS:]))) > 0:
             shown.append(f"and {more} more of the same kind")
         refusals = "; ".join(shown)
         super().__init__(question + (f" ({refusals})" if refusals else "") + (f"; {hint}" if hint else ""))

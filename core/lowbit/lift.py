@@ -37,8 +37,12 @@ def why_not(source: Scheme, target: Scheme, shape: tuple[int, int]) -> str | Non
     """Return None when weights of ``source`` can be re-expressed in ``target``, values permitting, else the reason."""
     if source == target:
         return None
-    if source.grid is not Grid.AFFINE or target.grid is not Grid.AFFINE:
-        return f"only affine grids are re-expressed, not {source.grid.value} as {target.grid.value}"
+    if source.grid is not Grid.AFFINE:
+        return f"only affine grids are re-expressed, not {source.grid.value}"
+    if target.grid is not Grid.AFFINE:
+        return f"affine codes are not re-expressed as {target.grid.value}"
+    if source.permutation and not target.permutation:
+        return "it has no place for a permutation (act-order)"
     for name in ("flat", "vector", "outliers", "rotation", "permutation", "levels"):
         same = getattr(source, name) == getattr(target, name)
         if not same and not (name == "levels" and target.levels is None):  # three levels are three of the four codes

@@ -20,7 +20,7 @@ from lowbit.metadata import Metadata
 from lowbit.parts import TensorSpec, part_specs
 from lowbit.recipe import Choice, Recipe, is_linear_name, is_matrix
 from lowbit.registry import Registry
-from lowbit.requantize import adapt, choice_for, nearest_choice, way_out, with_codebook
+from lowbit.requantize import adapt, by_scheme, choice_for, nearest_choice, way_out, why_not_exactly, with_codebook
 from lowbit.scheme import Grid, Scheme
 from lowbit.tensors import PackedSpec
 
@@ -253,7 +253,10 @@ class _Planner:
         scheme, shape, exporter = entry.scheme, entry.shape, self.registry.exporters[self.target.format]
         if not self.requantize:
             hint = way_out(self.registry, scheme, shape, self.target.format)
-            raise NoRouteError(refusal.question, refusal.reasons, hint) from None
+            reasons: Mapping[str, str] = refusal.reasons
+            if name not in self.wanted:
+                reasons = why_not_exactly(self.registry, scheme, shape, exporter, reasons)
+            raise NoRouteError(refusal.question, reasons, hint) from None
         if wanted := self.wanted.get(name):
             choice = choice_for(self.registry, wanted, shape, exporter, self._preferred())
         else:
@@ -304,7 +307,8 @@ class _Planner:
         try:
             packer = self.registry.route(scheme, shape, self.target.format, preferred).packer
         except NoRouteError as error:
-            raise NoRouteError(f"{name}: {error.question}", error.reasons, error.hint) from None
+            reasons = by_scheme(self.registry, scheme, error.reasons)
+            raise NoRouteError(f"{name}: {error.question}", reasons, error.hint) from None
         if packer is None or packer.codebook is None or (codebook is None and not fixed):
             return packer
         if codebook is None or not torch.equal(packer.codebook, codebook):

@@ -7,7 +7,7 @@ from the first installed quantizer that gives the nearest scheme the format stor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from lowbit.scheme import Grid, ScaleFormat, Scheme, Zero
 SHOWN = 4
 """Exact alternatives that a refusal lists; the nearest come first."""
 _GROUPS = (128, 64, 32, 16, None)
+_ROUND_SHAPE = (4096, 4096)
+"""A weight that every layout can cut into its blocks."""
 
 
 def exact_alternatives(registry: Registry, scheme: Scheme, shape: tuple[int, int], format: str) -> list[str]:
@@ -52,6 +54,32 @@ def way_out(registry: Registry, scheme: Scheme, shape: tuple[int, int], format: 
         f"; of act-order only that of {DOWN} can be folded, into {' and '.join(SIBLINGS)}" if scheme.permutation else ""
     )
     return f"{holds}{folding}; --allow-requantize chooses new codes"
+
+
+def why_not_exactly(
+    registry: Registry, scheme: Scheme, shape: tuple[int, int], exporter: Exporter, reasons: Mapping[str, str]
+) -> Mapping[str, str]:
+    """Return what keeps a weight's codes from meaning the same in each variant of the format, the nearest variant first.
+
+    A format without variants answers with its layouts' own ``reasons``.
+    """
+    variants = sorted(exporter.variants().items(), key=lambda it: _distance(scheme, it[1], shape))
+    found = {}
+    for variant, other in variants:
+        route = registry.ask(other, shape, exporter.format, exporter.preferred(variant))
+        refused = None if isinstance(route, Route) else next(iter(by_scheme(registry, other, route).values()))
+        if reason := lift.why_not(scheme, other, shape) or refused:
+            found[f"{exporter.format}:{variant}"] = reason
+    return found or reasons
+
+
+def by_scheme(registry: Registry, scheme: Scheme, reasons: Mapping[str, str]) -> dict[str, str]:
+    """Return the refusals with those first that concern the shape only: of layouts that hold the scheme in another."""
+
+    def other_shape(layout: str) -> bool:
+        return layout in registry.packers and registry.packers[layout].why_not(scheme, _ROUND_SHAPE) is None
+
+    return dict(sorted(reasons.items(), key=lambda it: not other_shape(it[0])))
 
 
 def nearest_choice(registry: Registry, scheme: Scheme, shape: tuple[int, int], exporter: Exporter) -> Choice | None:
@@ -116,9 +144,12 @@ def _distance(source: Scheme, other: Scheme, shape: tuple[int, int]) -> tuple[ob
 def adapt(registry: Registry, choice: Choice, shape: tuple[int, int], exporter: Exporter) -> Choice | None:
     """Return the choice with those options that the user did not set changed to a variant of the format, the first that fits.
 
-    So that ``--quantizer kbit --format bitsandbytes`` needs no table and no dtype of scales. None where nothing fits.
+    So that ``--quantizer kbit --format bitsandbytes`` needs no table and no dtype of scales. None where nothing fits: neither the
+    options nor, with a row that no block divides, the shape.
     """
     for variant, scheme in exporter.variants().items():
+        if not isinstance(registry.ask(scheme, shape, exporter.format), Route):
+            continue
         codebook = registry.fixed_codebook(scheme, shape, exporter.format, exporter.preferred(variant))
         try:
             return choice.fitted(scheme, "it", codebook)

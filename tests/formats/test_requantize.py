@@ -8,7 +8,7 @@ from lowbit.convert import convert
 from lowbit.errors import NoRouteError, OptionError
 from lowbit.plan import Action, Target
 from lowbit.recipe import Recipe, Rule, parse_rules
-from lowbit.requantize import exact_alternatives, nearest_choice
+from lowbit.requantize import exact_alternatives, nearest_choice, why_not_exactly
 from lowbit.testing import samples
 
 REGISTRY = installed()
@@ -53,6 +53,33 @@ def test_a_refusal_names_the_nearest_exact_alternative(tmp_path, scheme, target,
     assert raised.value.hint.endswith("; --allow-requantize chooses new codes")
     assert raised.value.reasons
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "nearest", "reason"),
+    [
+        (affine(8, 64, Zero.INTEGER), "gguf:q8_0", "8-bit codes with a zero of their own need 9 symmetric bits"),
+        (affine(4, 64, permutation=True), "gguf:q4_0", "no place for a permutation"),
+        (Scheme(Grid.CODEBOOK, 3, 64), "gguf:iq4_nl", "only affine grids are re-expressed, not codebook"),
+    ],
+)
+def test_a_refusal_says_what_keeps_each_variant_from_being_exact(scheme, nearest, reason):
+    found = why_not_exactly(REGISTRY, scheme, (64, 256), REGISTRY.exporters["gguf"], {})
+    assert len(found) == len(REGISTRY.exporters["gguf"].variants())
+    assert reason in found[nearest]
+    sentence = str(NoRouteError("no route", found))
+    assert len(sentence) < 1000
+    assert nearest in sentence.split(reason)[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"type": "q4_k"}])
+def test_a_row_that_no_block_divides_is_named_with_its_length(tmp_path, settings):
+    values = {UP: torch.randn(16, 80)}
+    entries = {name: TensorSpec.of(value) for name, value in values.items()}
+    REGISTRY.exporters["hf"].write(tmp_path / "in", entries, iter(values.items()), Metadata({"model_type": "llama"}))
+    recipe = Recipe(Rule("*", "ggml", settings))
+    with pytest.raises(NoRouteError, match=r"up_proj.weight: format 'gguf' .*\(gguf-q4_k: a block .* in_features 80"):
+        convert(tmp_path / "in", tmp_path / "out.gguf", Target("gguf"), REGISTRY, recipe)
 
 
 def test_a_variant_that_cannot_be_exact_names_the_one_that_can():

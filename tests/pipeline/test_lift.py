@@ -89,7 +89,7 @@ def test_every_dequantized_bit_is_the_same(source, target):
         (affine(8, 256, Zero.INTEGER), affine(8, 32, Zero.MINIMUM, K4), "do not fit sub-minimums of 6"),
         (affine(4, 64, scales=F32), affine(4, 64, Zero.MINIMUM, F32), "rounded before a minimum is added"),
         (affine(4, 64, scales=ScaleFormat("float32")), affine(4, 64), "float16 scales do not hold float32 scales"),
-        (affine(4, 64), Scheme(Grid.CODEBOOK, 4, 64), "only affine grids"),
+        (affine(4, 64), Scheme(Grid.CODEBOOK, 4, 64), "affine codes are not re-expressed as codebook"),
         (replace(affine(4, 64), outliers=Outliers(0.1)), affine(4, 64), "outliers differs"),
     ],
 )
