@@ -97,7 +97,7 @@ def windows(tokenizer, text):
 
 
 def peer(python, model, tokens, bits, group_size, flags):
-    settings = {"bits": bits, "group-size": group_size, "iters": flags.iters, "batch-size": 8, "seed": 42}
+    settings = {"bits": bits, "group-size": group_size, "iters": flags.iters, "batch-size": 8, "seed": flags.seed}
     command = [python, str(Path(__file__).with_name("autoround_peer.py")), str(model), str(tokens)]
     command += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     command += ["--extended"] if flags.extended else []
@@ -110,7 +110,8 @@ def peer(python, model, tokens, bits, group_size, flags):
 def ours(model, tokens, bits, group_size, flags):
     scale = "search" if flags.extended else None
     trim = 0.001 if flags.extended and bits < 4 else 0.0
-    options = AutoRoundOptions(bits, group_size, iters=flags.iters, batch_size=8, seed=42, scale=scale, trim=trim)
+    wanted = {"iters": flags.iters, "tokens": flags.tokens, "seed": flags.seed, "scale": scale, "trim": trim}
+    options = AutoRoundOptions(bits, group_size, batch_size=8, **wanted)
     found = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     seconds = tune(found, tokens["calibration"], options)
     return {"perplexity": perplexity(found, tokens["heldout"]), "block_seconds": seconds}
@@ -124,6 +125,8 @@ def main():
     parser.add_argument("--iters", type=int, default=50)
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--tokens", type=float, default=0.5, help="share of the tokens that a step here counts")
     parser.add_argument("--layers", type=int, help="use the first layers only")
     parser.add_argument("--setting", choices=SETTINGS, action="append")
     parser.add_argument(
@@ -150,7 +153,8 @@ def main():
                 results["auto-round"] = peer(flags.peer_python, model, saved, *SETTINGS[setting], flags)
             for name, result in results.items():
                 median = statistics.median(result["block_seconds"])
-                print(f"{setting} {name:10} perplexity {result['perplexity']:.3f}, {median:.2f} s a block", flush=True)
+                said = f"perplexity {result['perplexity']:.3f}, {median:.2f} s a block"
+                print(f"{setting} seed {flags.seed} {name:10} {said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 
 import lowbit
 from lowbit import memory
+from lowbit.budget import within_budget
 from lowbit.calibration.wishes import Wishes
 from lowbit.card import command_line, fingerprint, write_card
 from lowbit.checksum import checksum
@@ -129,6 +130,7 @@ def plan_conversion(
     calibrating: Wishes | None = None,
 ) -> Plan:
     """Return the plan of a conversion: what ``--dry-run`` prints."""
+    recipe = within_budget(recipe, checkpoint, target, registry, calibration)
     collects, weighs = (calibrating.collects, calibrating.weighs) if calibrating else (frozenset(), False)
     plan = make_plan(checkpoint, recipe, target, registry, calibration, collects, weighs)
     said = {"source_fingerprint": fingerprint(checkpoint.path), "command": command_line(target, recipe)}

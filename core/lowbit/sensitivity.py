@@ -33,6 +33,10 @@ BUCKETS = 1 << 17
 """Parts that a budget is divided into; each group of layers may waste one."""
 
 
+COLLECTED = frozenset({"block_inputs", "importance", "hessian"})
+"""What quantizers may ask of calibration: to compare widths they round without it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Width:
     """One weight at one width: stored bits, scales and all, for each weight; relative error of the weight and of the output."""
@@ -87,7 +91,7 @@ def measure_layers(
     plans = []
     for bits in widths:
         recipe = Recipe(Rule(rule.pattern, rule.quantizer, {**rule.settings, "bits": f"{bits:g}"}), requantize=True)
-        steps = make_plan(checkpoint, recipe, target, registry, calibration).steps
+        steps = make_plan(checkpoint, recipe, target, registry, calibration, COLLECTED).steps
         plans.append({step.name: step for step in steps if step.action is Action.QUANTIZE})
     layers = []
     for name, first in plans[0].items():
@@ -139,7 +143,8 @@ def choose_widths(layers: Sequence[Layer], budget: float) -> dict[str, int]:
     least = sum(min(bits for bits, _ in choices) for choices in options) / weights
     if least > budget:
         raise OptionError(
-            f"a budget of {budget:g} bits a weight is below the narrowest widths, which store {least:.3f}; raise it, or give --bits a smaller width"
+            f"a budget of {budget:g} bits a weight is below the narrowest widths, which store {least:.3f}; raise it, or allow "
+            "narrower ones or larger groups"
         )
     part = budget * weights / BUCKETS
     costs = np.zeros(BUCKETS + 1)  # least cost of the groups so far, by parts spent at most

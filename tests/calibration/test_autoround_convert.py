@@ -41,6 +41,14 @@ def test_the_same_command_gives_the_same_bytes_and_tuning_other_codes_than_round
     assert any((one[name] != rounded[name]).any() for name in one if name.endswith("qweight"))
 
 
+def test_layers_of_an_average_of_bits_are_tuned_together(llama, tmp_path, monkeypatch, capsys):
+    small = [word if word != "3" else "3.8" for word in SMALL]
+    assert convert(monkeypatch, llama, tmp_path / "out", *TUNED, *small) == 0
+    said = capsys.readouterr()
+    assert "loss" in said.err
+    assert said.out.count("bit g32") > 1, said.out
+
+
 def test_opt_rtn_weighs_the_search_by_what_calibration_measured(llama, tmp_path, monkeypatch, capsys):
     words = ("--quantizer", "autoround", "--set", "recipe=opt_rtn", *SMALL, "--format", "gptq")
     assert convert(monkeypatch, llama, tmp_path / "out", *words) == 0

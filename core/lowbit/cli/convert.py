@@ -29,7 +29,11 @@ DTYPES = ("float32", "float16", "bfloat16")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option("--quantizer", "-q", help="Choose new codes with this quantizer; without it, convert transcodes exactly.")
-@click.option("--bits", "-b", help="Bits of a code.")
+@click.option(
+    "--bits",
+    "-b",
+    help="Bits of a code; a fraction such as 3.5 is an average of stored bits: each layer gets its width.",
+)
 @click.option("--group-size", "-g", help="Weights that share a scale; 'none' for the whole row.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any option of the quantizer; repeatable.")
 @click.option("--recipe", help="How much a quantizer that has recipes works: rtn, light, default, best.")
