@@ -11,7 +11,9 @@ from typing import Any, Literal, Union
 
 from lowbit.errors import OptionError
 
-_NONE_WORDS = ("none", "row", "channel", "-1")
+_NONE = "none"
+_ROW_WORDS = ("row", "channel", "-1")
+"""What programs call a group of a whole row, beside none."""
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, str]:
@@ -40,7 +42,8 @@ def build_options(options_type: type, settings: Mapping[str, str], owner: str) -
     for key, text in settings.items():
         if key not in known:
             raise OptionError(_unknown(key, known, owner))
-        values[key] = _convert(text, hints[key], f"{owner} option {key}")
+        says_row = key.endswith("group_size") and text.lower() in _ROW_WORDS
+        values[key] = _convert(_NONE if says_row else text, hints[key], f"{owner} option {key}")
     return options_type(**values)
 
 
@@ -67,7 +70,7 @@ def _unknown(key: str, known: list[str], owner: str) -> str:
 
 def _convert(text: str, hint: Any, what: str) -> Any:
     members = _members(hint)
-    if type(None) in members and text.lower() in _NONE_WORDS:
+    if type(None) in members and text.lower() == _NONE:
         return None
     for member in members:
         if member is type(None):

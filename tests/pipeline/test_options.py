@@ -16,6 +16,11 @@ class Options:
     scale: Literal["absmax", "search"] = "absmax"
 
 
+@dataclass(frozen=True)
+class Stepped:
+    iters: int | None = 7
+
+
 def test_settings_become_fields_by_their_types():
     settings = parse_settings(["bits=3", "group-size=none", "symmetric=no", "damp=1e-3", "scale=search"])
     assert build_options(Options, settings, "x") == Options(3, None, False, 1e-3, "search")
@@ -24,6 +29,13 @@ def test_settings_become_fields_by_their_types():
 @pytest.mark.parametrize("word", ["none", "row", "channel", "-1"])
 def test_the_whole_row_has_names(word):
     assert build_options(Options, {"group_size": word}, "x").group_size is None
+
+
+def test_only_groups_can_be_a_row():
+    with pytest.raises(OptionError, match="iters must be int"):
+        build_options(Stepped, {"iters": "row"}, "x")
+    assert build_options(Stepped, {"iters": "-1"}, "x").iters == -1
+    assert build_options(Stepped, {"iters": "none"}, "x").iters is None
 
 
 @pytest.mark.parametrize(

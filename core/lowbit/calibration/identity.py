@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,11 @@ def identity(
     chosen = {step.name: step for step in plan.steps if step.choice is not None}
     quantizers = {step.choice.quantizer for step in chosen.values() if step.choice}
     said = {
-        name: f"{step.choice.quantizer.name} {step.choice.options} as {_describe(step.target)}"
+        name: {
+            "quantizer": step.choice.quantizer.name,
+            **_options(step.choice.options),
+            "target": _describe(step.target),
+        }
         for name, step in chosen.items()
         if step.choice
     }
@@ -47,12 +52,20 @@ def identity(
         "quantizer": {quantizer.name: _version(type(quantizer).__module__) for quantizer in quantizers},
         "format": plan.exporter.format,
         "model": _digest([_model(checkpoint), _files(checkpoint.path)]),
-        "samples": _digest([list(tokens.shape), hashlib.sha256(raw_bytes(tokens).numpy().data).hexdigest()]),
+        "samples": {
+            "number": tokens.shape[0],
+            "length": tokens.shape[1],
+            "digest": hashlib.sha256(raw_bytes(tokens).numpy().data).hexdigest()[:16],
+        },
         "batch size": batch_size,
         "device": device.type,
         "measurements": _digest([given, _known(known)]),
         "choice for": said,
     }
+
+
+def _options(options: Any) -> dict[str, str]:
+    return {field.name: str(getattr(options, field.name)) for field in fields(options)}
 
 
 def _model(checkpoint: Checkpoint) -> Any:
