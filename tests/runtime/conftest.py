@@ -98,8 +98,8 @@ def transformers():
     return found
 
 
-def tiny_llama(transformers, tied=True, **changes):
-    """Two layers, 64 wide, with random weights of a fixed seed; biases on the attention unless tied."""
+def small(transformers, kind, config=None, **changes):
+    """A model of 64 columns and two layers, with random weights of a fixed seed, unless ``changes`` say otherwise."""
     torch.manual_seed(0)
     settings = {
         "hidden_size": 64,
@@ -108,83 +108,38 @@ def tiny_llama(transformers, tied=True, **changes):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": 257,
-        "max_position_embeddings": 128,
-        "attention_bias": not tied,
-        "tie_word_embeddings": tied,
         "initializer_range": 0.2,
     }
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes})).eval()
+    made = getattr(transformers, config or f"{kind}Config")(**{**settings, **changes})
+    return getattr(transformers, f"{kind}ForCausalLM")(made).eval()
+
+
+def tiny_llama(transformers, tied=True, **changes):
+    """Tied embeddings, or biases on the attention."""
+    settings = {"max_position_embeddings": 128, "attention_bias": not tied, "tie_word_embeddings": tied}
+    return small(transformers, "Llama", **{**settings, **changes})
 
 
 def experts_model(transformers):
-    """Two layers of four experts each, two of them chosen for each token."""
-    torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        moe_intermediate_size=32,
-        num_experts=4,
-        num_experts_per_tok=2,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=257,
-        decoder_sparse_step=1,
-        initializer_range=0.2,
-    )
-    return transformers.Qwen3MoeForCausalLM(config).eval()
+    """Four experts in each layer, two of them chosen for each token."""
+    experts = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+    return small(transformers, "Qwen3Moe", head_dim=16, **experts)
 
 
 def mixtral_model(transformers):
     """One layer of four experts, which its checkpoints name w1, w2 and w3, in a module of another name than the model's."""
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        vocab_size=257,
-        initializer_range=0.2,
-    )
-    return transformers.MixtralForCausalLM(config).eval()
+    return small(transformers, "Mixtral", num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2)
 
 
 def gemma_model(transformers):
-    """Two layers with norms around everything, scaled tied embeddings and a window of attention."""
-    torch.manual_seed(0)
-    config = transformers.Gemma3TextConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=257,
-        sliding_window=8,
-        query_pre_attn_scalar=16,
-        initializer_range=0.2,
-    )
-    return transformers.Gemma3ForCausalLM(config).eval()
+    """Norms around everything, scaled tied embeddings and a window of attention."""
+    window = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
+    return small(transformers, "Gemma3", "Gemma3TextConfig", **window)
 
 
 def phi_model(transformers):
-    """Two layers whose query, key and value share a linear, and so do gate and up."""
-    torch.manual_seed(0)
-    config = transformers.Phi3Config(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=257,
-        pad_token_id=0,
-        initializer_range=0.2,
-    )
-    return transformers.Phi3ForCausalLM(config).eval()
+    """Query, key and value share a linear, and so do gate and up."""
+    return small(transformers, "Phi3", pad_token_id=0)
 
 
 MODELS = {

@@ -65,19 +65,18 @@ def load(
     """
     need_transformers("lowbit.load")
     registry, place = registry or installed(), compute_device(device)
-    with registry.open(Path(path)) as checkpoint:
+    with _no_collection(), registry.open(Path(path)) as checkpoint:
         config = model_config(checkpoint.metadata, str(path))
         dtype = dtype or _dtype(config, checkpoint, place)
         packed = {name: entry for name, entry in checkpoint.entries.items() if isinstance(entry, PackedSpec)}
         _check_kernels(packed, dtype, place, registry)
         streaming = Streaming(checkpoint, registry, dtype, place)
-        with _no_collection():
-            model = streaming.build(config)
-            if place.type != "cpu":
-                model.to(place)
-            streaming.fill(model, keep_packed, cache_dequantized)
-        if prepare or place.type != "cpu":
-            prepare_layers(model)
+        model = streaming.build(config)
+        if place.type != "cpu":
+            model.to(place)
+        streaming.fill(model, keep_packed, cache_dequantized)
+    if prepare or place.type != "cpu":
+        prepare_layers(model)
     return model
 
 
