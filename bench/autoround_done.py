@@ -99,7 +99,7 @@ def measure(flags, folder):
     )
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}, lowbit {lowbit.__version__}",
+        "machine": f"{torch.get_num_threads()} torch threads, {platform.machine()}, torch {torch.__version__}, lowbit {lowbit.__version__}",
         "options": " ".join(["lowbit convert", flags.model.name, "OUT", *COMMAND, *light]),
         "seconds": round(seconds, 1),
         "blocks_finished_when_killed": kills,
