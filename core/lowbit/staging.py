@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lowbit.errors import OutputError
@@ -39,6 +40,14 @@ def scratch(destination: Path) -> Iterator[Path]:
         raise write_error(destination, error) from error
     finally:
         remove(temporary)
+
+
+def sweep(destination: Path) -> None:
+    """Remove the empty folders that killed processes left beside ``destination``; one that holds anything stays."""
+    for left in destination.parent.glob(f".{glob.escape(destination.name)}.*.partial"):
+        if left.is_dir() and not left.is_symlink() and _PARTIAL.fullmatch(left.name):
+            with suppress(OSError):
+                left.rmdir()
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:

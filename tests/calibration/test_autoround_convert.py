@@ -49,6 +49,15 @@ def test_layers_of_an_average_of_bits_are_tuned_together(llama, tmp_path, monkey
     assert said.out.count("bit g32") > 1, said.out
 
 
+def test_going_on_removes_the_empty_folder_that_a_kill_left(llama, tmp_path, monkeypatch, capsys):
+    empty, full = (tmp_path / f".out.{number:08x}.partial" for number in range(2))
+    empty.mkdir()
+    (full / "native").mkdir(parents=True)
+    words = (*TUNED, *SMALL, "--format", "native,gptq", "--resume", "--quiet")
+    assert convert(monkeypatch, llama, tmp_path / "out", *words) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [full.name, "out"]
+
+
 def test_opt_rtn_weighs_the_search_by_what_calibration_measured(llama, tmp_path, monkeypatch, capsys):
     words = ("--quantizer", "autoround", "--set", "recipe=opt_rtn", *SMALL, "--format", "gptq")
     assert convert(monkeypatch, llama, tmp_path / "out", *words) == 0

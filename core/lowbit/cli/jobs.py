@@ -110,8 +110,10 @@ def run_several(
     Whether the others can hold the codes is known before any work. The destination appears with all of them, or not at all.
     """
     from lowbit.recipe import NOTHING
-    from lowbit.staging import staged
+    from lowbit.staging import staged, sweep
 
+    if flags["resume"]:
+        sweep(destination)  # the work directory is this job's, so nobody else writes there
     (first, target), *others = targets.items()
     reports = {}
     with staged(destination, flags["overwrite"]) as folder:
