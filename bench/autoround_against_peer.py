@@ -26,7 +26,8 @@ from lowbit.calibration.block import Block
 from lowbit_autoround.options import AutoRoundOptions
 from lowbit_autoround.quantizer import AutoRoundQuantizer
 
-SETTINGS = {"W4G128": (4, 128), "W3G128": (3, 128), "W2G64": (2, 64)}
+SETTINGS = {"W4G128": (4, 128), "W3G128": (3, 128), "W2G64": (2, 64), "W4G64": (4, 64), "W3G64": (3, 64)}
+USUAL = ("W4G128", "W3G128", "W2G64")
 HELDOUT_WINDOWS, HELDOUT_TOKENS = 12, 1024
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -147,7 +148,7 @@ def main():
             cut = AutoModelForCausalLM.from_pretrained(flags.model, num_hidden_layers=flags.layers)
             cut.save_pretrained(model)
             tokenizer.save_pretrained(model)
-        for setting in flags.setting or SETTINGS:
+        for setting in flags.setting or USUAL:
             results = {} if flags.skip_ours else {"lowbit": ours(model, tokens, *SETTINGS[setting], flags)}
             if flags.peer_python:
                 results["auto-round"] = peer(flags.peer_python, model, saved, *SETTINGS[setting], flags)

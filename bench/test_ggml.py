@@ -1,15 +1,15 @@
 """Quantizing to GGUF types: weights a second, and against llama.cpp's own quantizer and the gguf package in the same run.
 
-``pytest bench/test_ggml.py`` times every type. ``python bench/test_ggml.py [TYPE...]`` prints the table of the quantizer's documentation:
+``pytest bench/test_ggml.py`` times every type. ``python bench/test_ggml.py [--rows N] [TYPE...]`` prints the table of the documentation:
 seconds of quantizing and packing against the same of ggml's C code limited to as many threads (and of the gguf package's numpy
 for the types that it has), in alternation, and errors against ggml's.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -111,11 +111,11 @@ def test_simple_types_are_faster_than_numpy(name):
     assert speedup(lambda: ours(weight, name), lambda: by_numpy(weight, name), rounds=9) > 1.5
 
 
-def print_table(names):
-    ggml, weight, importance = load_ggml(), make_weight(), make_importance()
+def print_table(names, rows):
+    ggml, weight, importance = load_ggml(), make_weight(rows), make_importance()
     if ggml is None:
         raise SystemExit("Error: llama-cpp-python is not installed; pip install llama-cpp-python")
-    print(f"{ROWS}x{COLUMNS} Gaussian weights, {THREADS} threads, quantized and packed; median of 5 alternating runs")
+    print(f"{rows}x{COLUMNS} Gaussian weights, {THREADS} threads, quantized and packed; median of 5 alternating runs")
     print(f"{'type':8}{'imatrix':9}{'M weights/s':>12}{'by ggml':>9}{'by numpy':>10}{'error / ggml':>14}")
     for name in names:
         for factors in (None, importance):
@@ -130,7 +130,7 @@ def print_row(ggml, weight, name, factors):
     rate = weight.numel() / min(seconds(lambda: ours(weight, name, factors)) for _ in range(5)) / 1e6
     packer = PACKER_OF[name]
     blocks = torch.from_numpy(theirs(ggml, weight, name, factors))
-    spec = packer.spec(packer.scheme, (ROWS, COLUMNS))
+    spec = packer.spec(packer.scheme, tuple(weight.shape))
     errors = [
         float(
             (
@@ -145,4 +145,8 @@ def print_row(ggml, weight, name, factors):
 
 if __name__ == "__main__":
     torch.set_num_threads(THREADS)
-    print_table(sys.argv[1:] or TYPES)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("types", nargs="*", default=list(TYPES))
+    flags = parser.parse_args()
+    print_table(flags.types, flags.rows)
