@@ -127,7 +127,9 @@ def main():
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--tokens", type=float, default=0.5, help="share of the tokens that a step here counts")
+    parser.add_argument(
+        "--tokens", type=float, help="share of the tokens that a step here counts, instead of the default"
+    )
     parser.add_argument("--layers", type=int, help="use the first layers only")
     parser.add_argument("--setting", choices=SETTINGS, action="append")
     parser.add_argument(

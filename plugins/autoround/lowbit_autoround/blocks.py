@@ -71,7 +71,9 @@ def _schedule(block: Block, options: Mapping[str, AutoRoundOptions]) -> Schedule
         for key in ("accumulate", "tokens", "trim", "fallback", "seed"):
             _require_same(block, key, (first_name, getattr(first, key)), (name, getattr(other, key)))
     tuning = first.tuning
-    return Schedule(tuning.iters, tuning.batch_size, first.accumulate, first.tokens, first.trim, first.seed)
+    step = min(block.samples, tuning.batch_size * first.accumulate) * block.mask([0]).shape[1]
+    share = first.counted_share(step)
+    return Schedule(tuning.iters, tuning.batch_size, first.accumulate, share, first.trim, first.seed)
 
 
 def _require_same(block: Block, key: str, first: tuple[str, object], other: tuple[str, object]) -> None:

@@ -16,6 +16,8 @@ ScaleRule = Literal["minmax", "search"]
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 Fallback = Literal["error", "rtn"]
 LARGEST_TRIM = 0.1
+COUNTED_SHARE, COUNTED_TOKENS = 0.5, 4096
+"""The share of a step's tokens that the loss counts by default, where at least so many are left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,11 @@ class AutoRoundOptions:
     batch_size: int | None = field(default=None, metadata={"help": "sequences of a tuning step; none is the recipe's"})
     accumulate: int = field(default=1, metadata={"help": "batches whose gradients are added before a step"})
     tune_scales: bool = field(default=True, metadata={"help": "tune the ranges of groups too, not only the rounding"})
-    tokens: float = field(
-        default=0.5,
+    tokens: float | None = field(
+        default=None,
         metadata={
-            "help": "share of the tokens of a batch, drawn anew for each step, whose output errors the loss counts"
+            "help": "share of the tokens of a batch, drawn anew for each step, whose output errors the loss counts; "
+            f"none is {COUNTED_SHARE} where that leaves {COUNTED_TOKENS} tokens, else 1"
         },
     )
     trim: float = field(
@@ -97,6 +100,15 @@ class AutoRoundOptions:
         _check_tuning(self)
         if self.two_level:
             _check_two_level(self)
+
+    def counted_share(self, tokens: int) -> float:
+        """Return the share of a step's ``tokens`` that the loss counts.
+
+        Measured on SmolLM2-135M at 4 bits (2026-11-21): half of 1024 tokens cost 2 % of perplexity and saved no time.
+        """
+        if self.tokens is not None:
+            return self.tokens
+        return COUNTED_SHARE if tokens * COUNTED_SHARE >= COUNTED_TOKENS else 1.0
 
     @property
     def tuning(self) -> Tuning:
@@ -131,7 +143,7 @@ def _check_tuning(options: AutoRoundOptions) -> None:
             raise OptionError(f"autoround option {name} must be positive, got {value}")
     if options.iters is not None and options.iters < 0:
         raise OptionError(f"autoround option iters must be 0 (round to nearest) or more, got {options.iters}")
-    if not 0 < options.tokens <= 1:
+    if options.tokens is not None and not 0 < options.tokens <= 1:
         raise OptionError(
             f"autoround option tokens must be above 0 and at most 1, a share of a batch, got {options.tokens}"
         )
