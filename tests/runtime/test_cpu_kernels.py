@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowbit
-from lowbit import Grid, MatmulProblem, Outliers, Rotation, ScaleFormat, Scheme, Zero
+from lowbit import Across, Grid, MatmulProblem, Outliers, Rotation, ScaleCoding, ScaleFormat, Scheme, Zero
 from lowbit.runtime import cpu_int4, int4_order
 from lowbit.runtime.cpu import register_cpu_kernels
 from lowbit.runtime.cpu_int4 import Int4Kernel
@@ -46,6 +46,16 @@ class TestRows(KernelContract):
     @pytest.fixture
     def packer(self, registry):
         return registry.packers["parts"]
+
+
+class TestFlatRows(TestRows):
+    """Groups of bitsandbytes that end with rows."""
+
+    @pytest.fixture
+    def examples(self):
+        second = ScaleFormat(bits=8, coding=ScaleCoding.CODEBOOK)
+        flat = [Scheme(Grid.CODEBOOK, 4, 64, flat=True, scales=scales) for scales in (ScaleFormat("float32"), second)]
+        return [(scheme, shape) for scheme in flat for shape in ((6, 128), (5, 64))]
 
 
 class TestInt4(KernelContract):
@@ -137,7 +147,19 @@ def test_rows_takes_exactly_what_can_be_cut_into_rows(quantized):
     kernel = RowsKernel(lowbit.installed().packers)
     problem = MatmulProblem("plain", quantized.scheme, quantized.shape)
     if lowbit.installed().packers["plain"].why_not(quantized.scheme, quantized.shape) is None:
-        assert (kernel.why_not(problem) is None) == (quantized.dense.row_separable and quantized.scheme.bits <= 8)
+        cut = quantized.dense.row_separable or _flat_in_rows(quantized)
+        assert (kernel.why_not(problem) is None) == (cut and quantized.scheme.bits <= 8)
+
+
+def _flat_in_rows(quantized):
+    """Whether flat groups end with rows; then the kernel makes groups of rows of them."""
+    scheme = quantized.scheme
+    if not scheme.flat or not scheme.group_size or scheme.zero is not Zero.SYMMETRIC:
+        return False
+    mixes = (scheme.rotation and scheme.rotation.out_block) or (
+        scheme.scales.two_level and scheme.scales.across is Across.ROWS
+    )
+    return quantized.shape[1] % scheme.group_size == 0 and not mixes
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from lowbit.grids import dequantize
+from lowbit.grids import decode_scales, dequantize
 from lowbit.interfaces import MatmulProblem
 from lowbit.parts import TensorSpec, part_specs
 from lowbit.runtime.unpacked import UnpackedKernel
-from lowbit.scheme import Across, Grid, Scheme
+from lowbit.scheme import Across, Grid, ScaleFormat, Scheme, Zero
 from lowbit.tensors import PackedTensor, QuantizedTensor, row_parts
 
 
@@ -26,13 +28,23 @@ class RowsKernel(UnpackedKernel):
         if scheme.grid not in (Grid.AFFINE, Grid.CODEBOOK) or scheme.bits > 8:
             return f"keeps a byte for each code of an affine or codebook grid, not {scheme.summary()}"
         mixes = {
-            "flat groups": scheme.flat,
+            "flat groups": scheme.flat and not _ends_with_rows(scheme, problem.shape),
             "a rotation of the output": scheme.rotation and scheme.rotation.out_block,
             "scales shared across rows": scheme.scales.two_level and scheme.scales.across is Across.ROWS,
         }
         if found := [what for what, present in mixes.items() if present]:
             return f"decodes rows alone, but {found[0]} mix them ({scheme.summary()})"
         return None
+
+    def served(self, quantized: QuantizedTensor) -> QuantizedTensor:
+        """Return flat groups that end with rows, as those of bitsandbytes mostly do, as groups of rows, their scales decoded."""
+        scheme, shape = quantized.scheme, quantized.shape
+        if not scheme.flat:
+            return quantized
+        apart = replace(scheme, flat=False, scales=ScaleFormat("float32"))
+        scales = decode_scales(quantized).reshape(shape[0], -1)
+        parts = {name: quantized.parts[name] for name in part_specs(apart, shape) if name != "scales"}
+        return QuantizedTensor(apart, shape, {**parts, "scales": scales})
 
     def code_specs(self, scheme: Scheme, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """One buffer, as the parts table has it."""
@@ -59,3 +71,8 @@ class RowsKernel(UnpackedKernel):
         cut = {name: part[numbers] if name in apart else part for name, part in quantized.parts.items()}
         shape = (len(numbers), quantized.shape[1])
         return dequantize(QuantizedTensor(quantized.scheme, shape, cut)).to(dtype)
+
+
+def _ends_with_rows(scheme: Scheme, shape: tuple[int, int]) -> bool:
+    """Whether no flat group crosses from one row into the next, and a scale is all that it has."""
+    return bool(scheme.group_size) and shape[1] % (scheme.group_size or 1) == 0 and scheme.zero is Zero.SYMMETRIC

@@ -61,12 +61,18 @@ class UnpackedKernel(Kernel):
         """Unpack and arrange; what is prepared stays as it is."""
         if packed.layout == self.prepared_layout:
             return packed
-        quantized = self.packers[packed.layout].unpack(packed)
+        quantized = self.served(self.packers[packed.layout].unpack(packed))
+        scheme, shape = quantized.scheme, quantized.shape
         parts = {name: part.clone() for name, part in quantized.parts.items() if name != "codes"}  # not views of a file
-        specs = {name: spec for name, spec in part_specs(packed.scheme, packed.shape).items() if name != "codes"}
-        specs |= self.code_specs(packed.scheme, packed.shape)
-        spec = PackedSpec(self.prepared_layout, packed.scheme, packed.shape, specs)
-        return PackedTensor(spec, {**parts, **self.arrange(quantized)})
+        specs = {name: spec for name, spec in part_specs(scheme, shape).items() if name != "codes"}
+        specs |= self.code_specs(scheme, shape)
+        return PackedTensor(
+            PackedSpec(self.prepared_layout, scheme, shape, specs), {**parts, **self.arrange(quantized)}
+        )
+
+    def served(self, quantized: QuantizedTensor) -> QuantizedTensor:
+        """Return the same numbers in the scheme that is kept."""
+        return quantized
 
     def unpacked(self, prepared: PackedTensor) -> QuantizedTensor:
         """Return the parts of a prepared tensor."""
