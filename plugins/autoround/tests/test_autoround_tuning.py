@@ -26,7 +26,12 @@ KINDS = {
     "searched": dataclasses.replace(TUNED, scale="search"),
     "searched-integer": dataclasses.replace(TUNED, scale="search", symmetric=False),
     "searched-minimum": dataclasses.replace(TUNED, scale="search", symmetric=False, zero="minimum"),
-    **{f"q{bits}_k": dataclasses.replace(TUNED, lr=0.02).for_scheme(K_SCHEMES[bits]) for bits in K_SCHEMES},
+    **{
+        f"q{bits}_k": dataclasses.replace(TUNED, lr=0.02).for_scheme(K_SCHEMES[bits]) for bits in K_SCHEMES if bits != 5
+    },
+    "q5_k": dataclasses.replace(TUNED, lr=0.01, iters=60).for_scheme(
+        K_SCHEMES[5]
+    ),  # smaller steps, as there is less to gain
 }
 kinds = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
 
@@ -50,9 +55,7 @@ def test_tuning_lowers_the_output_error(options):
     for name, result in results.items():
         assert result.scheme == QUANTIZER.scheme(options)
         result.validate(name)
-    assert (
-        output_error(block, results, dequantize) < (1.15 if options.two_level and options.bits == 5 else 0.9) * before
-    )
+    assert output_error(block, results, dequantize) < (1.1 if options.two_level and options.bits == 5 else 0.9) * before
     words = block.lines[0].split()
     assert float(words[3]) < 0.98 * float(words[1])
 
