@@ -77,7 +77,7 @@ def rows(figures: Figures, peers: Figures) -> Iterator[str]:
 
 def line(*cells: str) -> str:
     """Return a row of a table."""
-    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+    return f"| {' | '.join(cells)} |"
 
 
 def number(us: float | None) -> str:

@@ -15,10 +15,10 @@ from types import MappingProxyType
 
 from lowbit.errors import LowbitError, OptionError
 from lowbit.interfaces import Calibration, Checkpoint
-from lowbit.plan import Target, make_plan
+from lowbit.plan import COLLECTED, Target, make_plan
 from lowbit.recipe import Recipe, Rule
 from lowbit.registry import Registry
-from lowbit.sensitivity import COLLECTED, Layer, choose_widths, measure_layers
+from lowbit.sensitivity import Layer, at_width, average_bits, choose_widths, measure_layers
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 """Bits of codes that a layer may get, as far as the quantizer and the format have them."""
@@ -57,7 +57,7 @@ def within_budget(
     chosen = _chosen(layers, budget)
     widths = {layer.name: layer.widths[chosen[layer.name]].bits for layer in layers}
     rules = tuple(Rule(name, default.quantizer, {"bits": f"{bits:g}"}) for name, bits in widths.items())
-    return replace(recipe, default=_at(default, min(widths.values())), rules=(*recipe.rules, *rules))
+    return replace(recipe, default=at_width(default, min(widths.values())), rules=(*recipe.rules, *rules))
 
 
 def average_of(recipe: Recipe, registry: Registry) -> float | None:
@@ -83,7 +83,7 @@ def _measured(
     """Return the layers that no rule takes at every width that there is."""
     widths, refusal = [], None
     for bits in WIDTHS:
-        asked = Recipe(_at(default, bits), recipe.rules, recipe.requantize)
+        asked = Recipe(at_width(default, bits), recipe.rules, recipe.requantize)
         try:
             make_plan(checkpoint, asked, target, registry, calibration, COLLECTED)
         except LowbitError as error:
@@ -102,14 +102,10 @@ def _measured(
 
 
 def _chosen(layers: list[Layer], budget: float) -> dict[str, int]:
-    weights = sum(layer.weights for layer in layers)
-    most = sum(layer.weights * max(width.stored for width in layer.widths) for layer in layers) / max(1, weights)
+    widest = {layer.name: max(range(len(layer.widths)), key=lambda i: layer.widths[i].stored) for layer in layers}
+    most = average_bits(layers, widest)
     if budget > most:
         raise OptionError(
             f"--bits {budget:g} is more than the widest codes store, which is {most:.3f}; give whole bits"
         )
     return choose_widths(layers, budget)
-
-
-def _at(rule: Rule, bits: float) -> Rule:
-    return replace(rule, settings={**rule.settings, "bits": f"{bits:g}"})

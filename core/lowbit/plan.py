@@ -137,6 +137,10 @@ class Target:
         raise OptionError(f"format {self.format!r} has no variant {self.variant!r}{because}; {way_out}")
 
 
+COLLECTED = frozenset({"block_inputs", "importance", "hessian"})
+"""What calibration can give to quantizers that need it."""
+
+
 def make_plan(
     checkpoint: Checkpoint,
     recipe: Recipe,

@@ -152,11 +152,7 @@ class Registry:
         for name, entry in checkpoint.entries.items():
             if not isinstance(entry, PackedSpec) or entry.layout not in self.packers:
                 continue
-            key = (
-                entry.layout,
-                id(entry.scheme),
-                entry.shape,
-            )  # by identity: hashing a scheme takes longer than asking
+            key = (entry.layout, id(entry.scheme), entry.shape)  # hashing a scheme takes longer than asking
             if key not in known:
                 packer = self.packers[entry.layout]
                 known[key] = packer.why_not(entry.scheme, entry.shape) or packer.specs(entry.scheme, entry.shape)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -23,7 +23,7 @@ from lowbit.grids import dequantize
 from lowbit.interfaces import Calibration, Checkpoint
 from lowbit.loaders import FUSED
 from lowbit.metrics import measure
-from lowbit.plan import Action, Step, Target, make_plan
+from lowbit.plan import COLLECTED, Action, Step, Target, make_plan
 from lowbit.recipe import Recipe, Rule
 from lowbit.registry import Registry
 from lowbit.tensors import PackedSpec
@@ -31,10 +31,6 @@ from lowbit.work import floats
 
 BUCKETS = 1 << 17
 """Parts that a budget is divided into; each group of layers may waste one."""
-
-
-COLLECTED = frozenset({"block_inputs", "importance", "hessian"})
-"""What quantizers may ask of calibration: to compare widths they round without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +86,8 @@ def measure_layers(
     """
     plans = []
     for bits in widths:
-        recipe = Recipe(Rule(rule.pattern, rule.quantizer, {**rule.settings, "bits": f"{bits:g}"}), requantize=True)
+        recipe = Recipe(at_width(rule, bits), requantize=True)
+        # quantizers that calibrate are planned as if they had, and round without it: that is enough to compare widths
         steps = make_plan(checkpoint, recipe, target, registry, calibration, COLLECTED).steps
         plans.append({step.name: step for step in steps if step.action is Action.QUANTIZE})
     layers = []
@@ -103,6 +100,11 @@ def measure_layers(
     if not layers:
         raise OptionError(f"{checkpoint.path.name} has no linear layer to quantize; lowbit inspect lists its tensors")
     return layers
+
+
+def at_width(rule: Rule, bits: float) -> Rule:
+    """Return the rule with these bits."""
+    return replace(rule, settings={**rule.settings, "bits": f"{bits:g}"})
 
 
 def _width(bits: float, step: Step, weight: Tensor, known: Calibration | None) -> Width:

@@ -9,7 +9,7 @@ from pathlib import Path
 from lowbit.calibration.dataset import DEFAULT, NSAMPLES, SEED, SEQLEN, Sampling
 from lowbit.errors import OptionError
 from lowbit.interfaces import Calibration
-from lowbit.plan import Step, measured
+from lowbit.plan import COLLECTED, Step, measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Wishes:
     @property
     def collects(self) -> frozenset[str]:
         """What calibration can give."""
-        return frozenset({"importance", "hessian", "block_inputs"})
+        return COLLECTED
 
     def concerns(self, step: Step, known: Mapping[str, Calibration]) -> bool:
         """Whether calibration must run for this step."""
