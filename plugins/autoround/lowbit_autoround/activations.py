@@ -70,6 +70,12 @@ class Runner:
             return [work(piece) for piece in pieces]
         return map_ranges(lambda start, stop: work(pieces[start]), len(pieces), 1, piece=1)
 
+    def rounds(self, index: Sequence[int]) -> list[Sequence[int]]:
+        """Return ``index`` in parts that keep all threads busy: what is held for each piece may be added up after each part."""
+        pieces = 2 * torch.get_num_threads() if self.device.type == "cpu" else 1
+        step = pieces * self._piece
+        return [index[start : start + step] for start in range(0, len(index), step)]
+
     def _placed(self, tokens: Tensor) -> Tensor:
         """Return places of tokens on the device; from pinned memory, as another copy waits for what the device does."""
         return tokens.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tokens
@@ -91,24 +97,33 @@ class Runner:
         with self._token_wise.skipping(run, self.inputs([0])):
             yield
 
+    def changes(self, index: Sequence[int]) -> Tensor:
+        """Return how far the block moves each token, by the root of the sum of squares, float32 (len(index), seqlen) on the CPU."""
+        return (self.targets(index).float() - self.inputs(index).float()).square().sum(-1).sqrt().cpu()
+
     def squared_error(self, index: Sequence[int], counted: Tensor, trim: float, skip: bool = False) -> Tensor:
         """Return the sum of squared output errors over some tokens, float32.
 
         Args:
             index: Samples.
-            counted: Tokens that count, bool (len(index), seqlen) on the CPU.
-            trim: Share of the errors of these tokens, the largest, that is left out.
+            counted: How much each token counts, float32 (len(index), seqlen) on the CPU.
+            trim: Share of the errors of the tokens that count, the largest, that is left out.
             skip: Whether to compute no more of the other tokens than these need.
         """
-        tokens = self._placed(counted.flatten().nonzero()[:, 0])
+        counted = counted.flatten()
+        tokens = self._placed(counted.nonzero()[:, 0])
         with self.precision(), self._token_wise.only(tokens if skip else None):
-            output = self.block.forward(self.inputs(index))
+            output = self.block.forward(self.inputs(index)).flatten(0, 1)
         targets = self.targets(index).flatten(0, 1)
-        error = output.flatten(0, 1)[tokens].float() - targets[tokens].float()
+        if len(tokens) < len(output):
+            output, targets = output.index_select(0, tokens), targets.index_select(0, tokens)
+        error = output.float() - targets.float()
         if trim and (dropped := int(trim * error.numel())):
             sizes = error.detach().abs().flatten()
-            error = error.flatten().masked_fill(sizes >= torch.topk(sizes, dropped).values[-1], 0.0)
-        return error.square().sum()
+            error = error.masked_fill((sizes >= torch.topk(sizes, dropped).values[-1]).view_as(error), 0.0)
+        if bool((counted == 1).all()):
+            return error.square().sum()
+        return error.square().sum(-1) @ self._placed(counted)[tokens]
 
 
 def _gather(states: Tensor, index: Sequence[int]) -> Tensor:

@@ -1,25 +1,30 @@
 """``TunedWeight``: one weight with its learned rounding values, decoded for the forward pass and moved by its gradient.
 
 No autograd runs through the quantization: the block runs with the decoded weight, autograd gives the gradient at that weight,
-and the formulas of ``lowbit_autoround.ranges`` do the rest, piece by piece in cache, once a step however many batches add up.
+and the formulas of ``lowbit_autoround.ranges`` do the rest, once a step however many batches add up: on a GPU in kernels
+(``fused``), on a CPU in loops of C (``loops``), or piece by piece in torch, to the same bits as in C.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from lowbit import QuantizedTensor, Scheme
 from lowbit.workers import map_ranges
+from lowbit_autoround import loops
 from lowbit_autoround.ranges import Parts, Ranges, Steps
 
 PIECE = 1 << 18
 """Weights in a piece: four float32 temporaries of it stay in a core's cache."""
 LARGEST_VALUE = 0.5
 """V changes a code by one at most, in either direction (SignRound)."""
+Rows: TypeAlias = Callable[[int, int], None]
+"""Does its work on some rows of a weight, from start to stop."""
 
 
 class TunedWeight:
@@ -38,12 +43,28 @@ class TunedWeight:
 
     def decode(self, out: Tensor) -> None:
         """Write the weight that the present state means to ``out`` (out, in), of any float dtype."""
+        decode_all([(self, out)])
+
+    def learn(self, gradients: Sequence[Tensor], fraction: float, tune_scales: bool) -> None:
+        """Take one step against the sum of ``gradients`` (out, in), loss gradients at the weight that ``decode`` gave.
+
+        Args:
+            gradients: One or more, in any float dtype, added in this order; the first may be overwritten.
+            fraction: What is left of the first step size.
+            tune_scales: Whether the ranges learn too.
+        """
+        learn_all([(self, gradients, tune_scales)], fraction)
+
+    def _decoding(self, out: Tensor) -> Rows | None:
+        """Fix the parameters, and return what decodes rows with them; None when that is done."""
         on_cpu = self._groups.device.type == "cpu"
         steps = self._steps = self.ranges.steps(check=on_cpu)  # elsewhere it would wait for the device: ``parts`` asks
         self._divisor = _divisor(steps)
         if self._fused:
             self._fused.decode(self._groups, self._values, steps, out)
-            return
+            return None
+        if on_cpu and (rows := loops.decoder(self._groups, self._values, steps, out)) is not None:
+            return rows
 
         def work(start: int, stop: int) -> None:
             weight = self._rounded(start, stop)[0].mul_(steps.scale[start:stop, :, None])
@@ -51,40 +72,29 @@ class TunedWeight:
                 weight.add_(steps.offset[start:stop, :, None])
             out[start:stop] = weight.view(stop - start, -1)[:, : self.shape[1]]
 
-        self._map(work)
+        return work
 
-    def learn(self, gradient: Tensor, fraction: float, tune_scales: bool) -> None:
-        """Take one step against ``gradient`` (out, in), the loss gradient at the weight that ``decode`` gave.
-
-        Args:
-            gradient: Any float dtype; it is overwritten.
-            fraction: What is left of the first step size.
-            tune_scales: Whether the ranges learn too.
-        """
-        lr = self.lr * fraction
-        if self._fused:
-            by_scale, by_offset = self._fused.learn(
-                self._groups, self._values, self._steps, gradient, lr, LARGEST_VALUE
-            )
-            if tune_scales:
-                self.ranges.learn(by_scale, by_offset, lr)
-            return
-        by_scale, by_offset = torch.empty_like(self._divisor), torch.empty_like(self._divisor)
+    def _learning(self, gradients: Sequence[Tensor], lr: float, sums: tuple[Tensor, Tensor]) -> Rows:
+        """Return what moves V of some rows and writes what the gradients of their ranges need (``ranges``) to ``sums``."""
+        if self._groups.device.type == "cpu":
+            rows = loops.learner(self._groups, self._values, self._steps, gradients, lr, LARGEST_VALUE, sums)
+            if rows is not None:
+                return rows
+        by_scale, by_offset = sums
         sign = self._steps.scale.sign()[..., None]
 
         def work(start: int, stop: int) -> None:
-            grad = self._grouped(gradient[start:stop])
+            grad = self._grouped(gradients[0][start:stop])
+            for other in gradients[1:]:
+                grad = grad + self._grouped(other[start:stop])
             steps, unclamped, quotient = self._rounded(start, stop)
             inside = grad.masked_fill(steps != unclamped, 0.0)
-            if tune_scales:
-                by_offset[start:stop] = (grad - inside).sum(-1)
-                by_scale[start:stop] = grad.mul_(steps).sub_(quotient.mul_(inside)).sum(-1)
+            by_offset[start:stop] = loops.summed(grad - inside)
+            by_scale[start:stop] = loops.summed((grad * steps).sub_(quotient.mul_(inside)))
             move = inside.sign_().mul_(sign[start:stop])
             self._values[start:stop].sub_(move, alpha=lr).clamp_(-LARGEST_VALUE, LARGEST_VALUE)
 
-        self._map(work)
-        if tune_scales:
-            self.ranges.learn(by_scale, by_offset, lr)
+        return work
 
     def parts(self) -> Parts:
         """Return codes and stored parameters: exactly what ``decode`` last wrote, in memory of their own.
@@ -99,7 +109,7 @@ class TunedWeight:
             steps = self._rounded(start, stop)[0].add_(_rows(self._steps.zero, start, stop))
             codes[start:stop] = steps.to(torch.int16).to(torch.uint8).view(stop - start, -1)[:, :columns]
 
-        self._map(work)
+        _run([(self, work)])
         return {"codes": codes, **{name: part.clone() for name, part in self._steps.parts.items()}}
 
     def quantized(self, parts: Parts) -> QuantizedTensor:
@@ -121,9 +131,46 @@ class TunedWeight:
         grad = torch.nn.functional.pad(gradient, (0, missing)).float() if missing else gradient.float()
         return grad.reshape(len(gradient), *self._groups.shape[1:])
 
-    def _map(self, work: Callable[[int, int], None]) -> None:
-        rows, columns = len(self._groups), self._groups[0].numel()
-        map_ranges(work, rows, columns, piece=PIECE if self._groups.device.type == "cpu" else rows * columns)
+
+def decode_all(weights: Sequence[tuple[TunedWeight, Tensor]]) -> None:
+    """Write what several weights mean to a tensor each (out, in), of any float dtype; on a CPU in parallel."""
+    _run([(weight, work) for weight, out in weights if (work := weight._decoding(out)) is not None])
+
+
+def learn_all(weights: Sequence[tuple[TunedWeight, Sequence[Tensor], bool]], fraction: float) -> None:
+    """Let several weights ``learn`` from their gradients, and their ranges, too, where said; on a CPU in parallel."""
+    works, sums = [], []
+    for weight, gradients, _ in weights:
+        lr, like = weight.lr * fraction, weight._divisor
+        if weight._fused:
+            groups, values, steps = weight._groups, weight._values, weight._steps
+            for other in gradients[1:]:
+                gradients[0].add_(other)
+            sums.append(weight._fused.learn(groups, values, steps, gradients[0], lr, LARGEST_VALUE))
+        else:
+            sums.append((torch.empty_like(like), torch.empty_like(like)))
+            works.append((weight, weight._learning(gradients, lr, sums[-1])))
+    _run(works)
+    for (weight, _, tune_scales), (by_scale, by_offset) in zip(weights, sums, strict=True):
+        if tune_scales:
+            weight.ranges.learn(by_scale, by_offset, weight.lr * fraction)
+
+
+def _run(works: Sequence[tuple[TunedWeight, Rows]]) -> None:
+    """Do the work on all rows of all weights; on a CPU in pieces, several at once."""
+    pieces: list[tuple[Rows, int, int]] = []
+    for weight, work in works:
+        rows, columns = len(weight._groups), weight._groups[0].numel()
+        step = max(1, PIECE // columns) if weight._groups.device.type == "cpu" else rows
+        pieces += [(work, start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def run(start: int, stop: int) -> None:
+        for work, first, last in pieces[start:stop]:
+            work(first, last)
+
+    if pieces:
+        on_cpu = works[0][0]._groups.device.type == "cpu"
+        map_ranges(run, len(pieces), 1, piece=1 if on_cpu else len(pieces), join=True)
 
 
 def grouped(weight: Tensor, group_size: int | None) -> Tensor:

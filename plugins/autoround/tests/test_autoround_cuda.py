@@ -47,7 +47,7 @@ def test_kernels_do_what_torch_does(options, dtype):
         gradient = torch.randn(96, 768, generator=generator).to("cuda", dtype)
         for one, out in zip(start, found, strict=True):
             one.decode(out)
-            one.learn(gradient.clone(), 1 - step / 6, tune_scales=True)
+            one.learn([gradient.clone()], 1 - step / 6, tune_scales=True)
         assert torch.equal(*found)
         assert torch.equal(start[0]._values, start[1]._values)
         torch.testing.assert_close(start[0].ranges.above, start[1].ranges.above)

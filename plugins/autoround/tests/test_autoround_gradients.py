@@ -91,7 +91,7 @@ def test_gradients_are_those_of_autograd(case, monkeypatch):
     seen = {}
     monkeypatch.setattr(ranges, "learn", lambda *sums: seen.update(sums=sums[:2]))
     before = tuned._values.clone()
-    tuned.learn(gradient.clone(), 1.0, tune_scales=True)
+    tuned.learn([gradient.clone()], 1.0, tune_scales=True)
     found = ranges.gradients(*seen["sums"])
     torch.testing.assert_close(found[0], by_below[..., 0], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(found[1], by_above[..., 0], rtol=2e-3, atol=2e-3)
