@@ -32,6 +32,7 @@ from lowbit.recipe import NOTHING, Recipe
 from lowbit.registry import Registry
 from lowbit.staging import check_destination, staged
 from lowbit.work import Work
+from lowbit.workers import map_each
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,8 +226,8 @@ def verify(
                 )
         names = list(reopened.entries)
         steps = {step.name: step for step in plan.steps}
-        for name, value in zip(names, prefetch(map(reopened.read, names)), strict=True):
-            if checksum(value) != digests[name]:
+        for name, found in zip(names, map_each(lambda name: checksum(reopened.read(name)), names), strict=True):
+            if found != digests[name]:
                 raise VerificationError(
                     f"{name} reads back with other bytes than were written; the disk may be failing"
                 )

@@ -232,7 +232,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"], ABC):
 
     @abstractmethod
     def read(self, name: str) -> Value:
-        """Read one tensor: a Tensor for a TensorSpec entry, a PackedTensor for a PackedSpec entry.
+        """Read one tensor: a Tensor for a TensorSpec entry, a PackedTensor for a PackedSpec entry. Several threads may ask at once.
 
         Raises CheckpointError when the data does not fit the header.
         """

@@ -22,6 +22,7 @@ from torch import Tensor
 from lowbit.errors import SchemeError
 from lowbit.grids import decode_scales
 from lowbit.parts import torch_dtype
+from lowbit.repeated import repeated
 from lowbit.scheme import Across, Grid, ScaleCoding, ScaleFormat, Scheme, Zero
 from lowbit.tensors import QuantizedTensor, bit_equal
 from lowbit.workers import map_ranges
@@ -63,19 +64,22 @@ def lift(quantized: QuantizedTensor, target: Scheme) -> QuantizedTensor:
         return QuantizedTensor(target, quantized.shape, {**quantized.parts, **parts})
     if source.permutation:
         parts["group_index"] = quantized.parts["group_index"]
-    scales, zeros = decode_scales(quantized), _zeros(quantized)
+    if source.scales == target.scales and not source.scales.two_level and target.zero in (Zero.SYMMETRIC, Zero.INTEGER):
+        parts["scales"] = _regroup(quantized.parts["scales"], quantized, target).contiguous()
+    else:
+        parts |= _scales(scales := decode_scales(quantized), quantized, target)
     if target.zero is Zero.INTEGER:
-        parts["zeros"] = _regroup(zeros, quantized, target).to(torch.int16)
+        parts["zeros"] = _regroup(_zeros(quantized), quantized, target).to(torch.int16)
     elif target.zero is Zero.MINIMUM and target.scales.two_level:
-        parts |= _two_level_minimums(scales, zeros, quantized, target)
+        parts |= _two_level_minimums(scales, _zeros(quantized), quantized, target)
     elif target.zero is Zero.MINIMUM:
-        minimums = decode_scales(quantized, "minimums") if source.zero is Zero.MINIMUM else -zeros.float() * scales
-        parts["minimums"] = _regroup(_exactly(minimums, target.scales.dtype, "minimum"), quantized, target).contiguous()
+        minimums = decode_scales(quantized, "minimums") if source.zero is Zero.MINIMUM else _minimums(scales, quantized)
+        stored = _exactly(minimums, target.scales.dtype, "minimum")
+        parts["minimums"] = _regroup(stored, quantized, target).contiguous()
     elif target.zero is Zero.FLOAT:
         parts["zeros"] = _exactly(
             _regroup(decode_scales(quantized, "zeros"), quantized, target), target.scales.dtype, "zero"
         )
-    parts |= _scales(scales, quantized, target)
     return QuantizedTensor(target, quantized.shape, parts)
 
 
@@ -162,6 +166,9 @@ def _symmetric_codes(quantized: QuantizedTensor, target: Scheme) -> Tensor:
     The static conditions say that every value fits while codes and zeros are what the scheme says: only that is checked here.
     """
     codes, highest = quantized.parts["codes"], quantized.scheme.code_count - 1
+    if quantized.scheme.symmetric:
+        offset = target.midpoint - quantized.scheme.midpoint
+        return codes + offset if offset else codes
     offsets = target.midpoint - _zeros(quantized)  # (rows, groups)
     if int(offsets.max()) > target.midpoint or int(offsets.min()) < target.midpoint - 2**quantized.scheme.bits + 1:
         raise SchemeError(f"a zero point is outside 0 to {2**quantized.scheme.bits - 1}")
@@ -191,6 +198,12 @@ def _zeros(quantized: QuantizedTensor) -> Tensor:
     return torch.full_like(quantized.parts["scales"], quantized.scheme.midpoint, dtype=torch.int16)
 
 
+def _minimums(scales: Tensor, quantized: QuantizedTensor) -> Tensor:
+    """Return what an integer zero adds to every weight of its group."""
+    symmetric = quantized.scheme.symmetric
+    return scales * -float(quantized.scheme.midpoint) if symmetric else -_zeros(quantized).float() * scales
+
+
 def _scales(scales: Tensor, quantized: QuantizedTensor, target: Scheme) -> dict[str, Tensor]:
     if not target.scales.two_level:
         stored = _exactly(scales, target.scales.dtype, "scale")  # before they are repeated: fewer to look at
@@ -216,7 +229,7 @@ def _regroup(values: Tensor, quantized: QuantizedTensor, target: Scheme) -> Tens
     """Repeat (rows, source groups) to (rows, target groups); every target group lies inside one source group."""
     columns = quantized.shape[1]
     own, other = quantized.scheme.group_size or columns, target.group_size or columns
-    return values.repeat_interleave(max(1, own // other), dim=1)[:, : math.ceil(columns / other)]
+    return repeated(values, max(1, own // other))[:, : math.ceil(columns / other)]
 
 
 def _exactly(values: Tensor, dtype: str, what: str) -> Tensor:

@@ -70,8 +70,8 @@ class _Kept:
 
     def take(self, size: int) -> Block | None:
         with self._lock:
-            found = next((at for at, block in enumerate(self._blocks) if len(block) == size), None)
-            return None if found is None else self._blocks.pop(found)
+            fitting = [at for at, block in enumerate(self._blocks) if size <= len(block) <= 2 * size]
+            return self._blocks.pop(min(fitting, key=lambda at: len(self._blocks[at]))) if fitting else None
 
     def give(self, block: Block) -> None:
         with self._lock:

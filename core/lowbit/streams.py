@@ -27,7 +27,7 @@ from lowbit.scheme import Grid, Scheme, Zero
 from lowbit.tensors import PackedSpec, PackedTensor, QuantizedTensor
 from lowbit.workers import map_ranges
 
-SCALES_PIECE, CODES_PIECE = 1 << 22, 1 << 19
+SCALES_PIECE, CODES_PIECE = 1 << 23, 1 << 21
 """Weights whose scales, or whose codes, are moved at once: both stay in a core's caches."""
 
 
@@ -57,6 +57,10 @@ class StreamPacker(Packer):
     def put_streams(self, packed: PackedTensor, start: int, stop: int, streams: Tensor) -> None:
         """Write such codes into the buffers."""
 
+    def holds_streams(self, packed: PackedTensor, start: int, stop: int, streams: Tensor) -> bool:
+        """Whether ``streams`` would return these codes: the default asks it, others need not write them out."""
+        return alike(self.streams(packed, start, stop), streams)
+
 
 def streamed(value: PackedTensor, source: Packer, packer: Packer, target: PackedSpec) -> PackedTensor | None:
     """Return the same weight as ``packer`` stores it, proved to be the same numbers; None where streams cannot do it or tell.
@@ -74,7 +78,7 @@ def streamed(value: PackedTensor, source: Packer, packer: Packer, target: Packed
     def codes(start: int, stop: int) -> bool:
         streams = source.streams(value, start, stop)
         packer.put_streams(result, start, stop, streams)
-        return alike(packer.streams(result, start, stop), streams)
+        return packer.holds_streams(result, start, stop, streams)
 
     def work(first: int, last: int) -> bool:
         weight = _without_codes(value.scheme, (last - first, value.shape[1]), source.read_parts(value, first, last))

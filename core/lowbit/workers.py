@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
@@ -23,6 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+S = TypeVar("S")
 T = TypeVar("T")
 PIECE = 1 << 20  # weights in a piece
 
@@ -68,6 +69,20 @@ def map_ranges(
     if join and threads > 1 and (limit := _thread_limit()) is not None:
         return _shared(work, ranges, threads, limit)
     return list(_pool(threads).map(work, ranges))
+
+
+def map_each(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """Apply ``function`` to each item, as many at once as torch may use threads, and yield the results in order.
+
+    For work that waits, or that C does: reading, checksums. Closing the iterator drops what was not begun.
+    """
+    inference = torch.is_inference_mode_enabled()
+
+    def work(item: S) -> T:
+        with torch.inference_mode(inference):
+            return function(item)
+
+    return _pool(torch.get_num_threads()).map(work, items)
 
 
 @contextmanager

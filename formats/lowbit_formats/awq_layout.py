@@ -26,7 +26,15 @@ from lowbit.tensors import PackedTensor, QuantizedTensor
 from lowbit.workers import map_ranges
 from lowbit_formats import awq_streams
 from lowbit_formats.affine_rules import AffineRules, zero_codes
-from lowbit_formats.int_words import CACHE_LINE, check_codes, constant_words, pack_words, unpack_words
+from lowbit_formats.int_words import (
+    CACHE_LINE,
+    check_codes,
+    constant_words,
+    pack_words,
+    turn_into,
+    turned,
+    unpack_words,
+)
 
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -85,7 +93,7 @@ class AwqPacker(StreamPacker):
 
     def read_parts(self, packed: PackedTensor, start: int, stop: int) -> dict[str, Tensor]:
         """Return scales and zeros of some rows."""
-        parts = {"scales": packed.buffers["scales"][:, start:stop].T.contiguous()}
+        parts = {"scales": turned(packed.buffers["scales"][:, start:stop])}
         if packed.scheme.zero is Zero.INTEGER:
             words = packed.buffers["qzeros"][:, start // 8 : stop // 8]
             zeros = unpack_words(words, BITS, stop - start)  # (groups, out), interleaved
@@ -96,7 +104,7 @@ class AwqPacker(StreamPacker):
     def write_parts(self, packed: PackedTensor, start: int, stop: int, parts: Mapping[str, Tensor]) -> None:
         """Write scales and zeros of some rows."""
         scheme = packed.scheme
-        packed.buffers["scales"][:, start:stop] = parts["scales"].T
+        turn_into(packed.buffers["scales"][:, start:stop], parts["scales"])
         if scheme.zero is Zero.INTEGER:
             zeros = pack_zeros(zero_codes(parts["zeros"], BITS).T)
         else:
@@ -110,6 +118,11 @@ class AwqPacker(StreamPacker):
     def put_streams(self, packed: PackedTensor, start: int, stop: int, streams: Tensor) -> None:
         """Turn words of eight columns into words of eight rows."""
         awq_streams.put(packed.buffers["qweight"][:, start // 8 : stop // 8], streams)
+
+    def holds_streams(self, packed: PackedTensor, start: int, stop: int, streams: Tensor) -> bool:
+        """Compare words of eight columns in registers."""
+        found = awq_streams.same(packed.buffers["qweight"][:, start // 8 : stop // 8], streams)
+        return super().holds_streams(packed, start, stop, streams) if found is None else found
 
 
 def pack_zeros(zeros: Tensor) -> Tensor:

@@ -12,11 +12,18 @@ the steps pair other bits, and what is left is a rotation of the bits of j, the 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy
 import torch
 from torch import Tensor
 
+from lowbit.compiled import CLoops, Loop
 from lowbit_formats.int_words import CACHE_LINE
+
+_LOOPS = CLoops(Path(__file__).with_name("awq_streams.c"))
+_LANES = 8
+"""Octets, and words of a stream, that a loop takes at once."""
 
 _STEPS = ((1, 4, 0x0F0F0F0F), (2, 8, 0x00FF00FF), (0, 16, 0x0000FFFF))
 """A bit of the row's number, the bits of a word by which the nibble moves, and the nibbles that stay."""
@@ -30,6 +37,9 @@ Block = numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.uint32]]
 
 def put(words: Tensor, streams: Tensor) -> None:
     """Write streams, int32 (8 * n, in / 8), into AWQ's words, int32 (in, n), a view of a matrix."""
+    if loop := _loop("awq_put", words, streams):
+        loop(streams, streams.stride(0), words, words.stride(0), words.shape[1], streams.shape[1])
+        return
     rows, octets = streams.numpy().view(numpy.uint32), words.shape[1]
     target = words.view(-1, 2, 2, 2, octets).numpy().view(numpy.uint32)
     for start in range(0, rows.shape[1], _PIECE):
@@ -42,6 +52,10 @@ def put(words: Tensor, streams: Tensor) -> None:
 
 def streams(words: Tensor) -> Tensor:
     """Undo ``put``: return the streams, int32 (8 * n, in / 8), of words (in, n)."""
+    found = torch.empty(8 * words.shape[1], words.shape[0] // 8, dtype=torch.int32)
+    if loop := _loop("awq_streams", words, found):
+        loop(words, words.stride(0), found, found.stride(0), words.shape[1], found.shape[1])
+        return found
     count, octets = words.shape[0] // 8, words.shape[1]
     result = numpy.empty((8 * octets, count), dtype=numpy.uint32)
     for start in range(0, count, _PIECE):
@@ -52,6 +66,18 @@ def streams(words: Tensor) -> Tensor:
         _turn(block)
         result[:, start : start + _PIECE] = block.reshape(8 * octets, -1)
     return torch.from_numpy(result.view(numpy.int32))
+
+
+def same(words: Tensor, wanted: Tensor) -> bool | None:
+    """Whether ``streams(words)`` is ``wanted``; None where only asking it can tell."""
+    loop = _loop("awq_same", words, wanted)
+    return loop and loop(words, words.stride(0), wanted, wanted.stride(0), words.shape[1], wanted.shape[1]) == 1
+
+
+def _loop(name: str, words: Tensor, streams: Tensor) -> Loop | None:
+    """Return the loop that does it, if there is one and these are as it takes them."""
+    whole = words.shape[1] % _LANES == 0 == streams.shape[1] % _LANES
+    return _LOOPS.find(name) if whole and words.stride(1) == 1 == streams.stride(1) else None
 
 
 def _block(octets: int, count: int) -> Block:

@@ -28,6 +28,7 @@ from lowbit_formats.int_words import (
     constant_words,
     pack_down,
     pack_words,
+    turn_into,
     turned,
     unpack_down,
     unpack_words,
@@ -83,7 +84,7 @@ class GptqPacker(StreamPacker):
     def read_parts(self, packed: PackedTensor, start: int, stop: int) -> dict[str, Tensor]:
         """Return scales and zeros of some rows, and the index of groups."""
         scheme, buffers = packed.scheme, packed.buffers
-        parts = {"scales": buffers["scales"][:, start:stop].T.contiguous()}
+        parts = {"scales": turned(buffers["scales"][:, start:stop])}
         if scheme.zero is Zero.INTEGER:
             words = buffers["qzeros"][:, start * scheme.bits // 32 : word_count(stop, scheme.bits)]
             zeros = unpack_words(words, scheme.bits, stop - start)  # (groups, out)
@@ -95,7 +96,7 @@ class GptqPacker(StreamPacker):
     def write_parts(self, packed: PackedTensor, start: int, stop: int, parts: Mapping[str, Tensor]) -> None:
         """Write scales and zeros of some rows, and the index of groups with the first."""
         scheme, buffers = packed.scheme, packed.buffers
-        buffers["scales"][:, start:stop] = parts["scales"].T
+        turn_into(buffers["scales"][:, start:stop], parts["scales"])
         words = buffers["qzeros"][:, start * scheme.bits // 32 : word_count(stop, scheme.bits)]
         words.copy_(self._pack_zeros(scheme, (stop - start, packed.shape[1]), parts))
         if start == 0:
@@ -108,7 +109,7 @@ class GptqPacker(StreamPacker):
 
     def put_streams(self, packed: PackedTensor, start: int, stop: int, streams: Tensor) -> None:
         """Write rows of words as columns."""
-        packed.buffers["qweight"][:, start:stop] = turned(streams)
+        turn_into(packed.buffers["qweight"][:, start:stop], streams)
 
     def _pack_zeros(self, scheme: Scheme, shape: tuple[int, int], parts: Mapping[str, Tensor]) -> Tensor:
         return symmetric_zeros(scheme, shape, version=1)

@@ -12,6 +12,8 @@ from lowbit_formats.int_words import (
     pack_across,
     pack_down,
     pack_words,
+    turn_into,
+    turned,
     unpack_across,
     unpack_down,
     unpack_words,
@@ -71,3 +73,35 @@ def test_one_code_everywhere_is_recognised(bits):
     other[4, 36] = 0
     assert only_code(pack_words(other, bits), bits, 37) is None
     assert only_code(words[:0], bits, 37) is None
+
+
+@given(
+    st.integers(0, 40),
+    st.integers(1, 40),
+    st.integers(0, 3),
+    st.sampled_from([torch.int32, torch.float16, torch.bfloat16, torch.uint8]),
+    st.booleans(),
+)
+@settings(deadline=None, max_examples=100)
+def test_matrices_turn_into_slices_of_others(rows, columns, start, dtype, compiled):
+    source = torch.randint(0, 99, (rows, columns + 7), generator=torch.Generator().manual_seed(rows)).to(dtype)
+    piece = source[:, start : start + columns]
+    target = torch.full((columns + 2, rows + 5), 77).to(dtype)
+    expected = target.clone()
+    expected[1 : 1 + columns, 3 : 3 + rows] = piece.T
+    with pytest.MonkeyPatch.context() as patch:
+        if not compiled:
+            patch.setenv("LOWBIT_CC", "")
+        turn_into(target[1 : 1 + columns, 3 : 3 + rows], piece)
+        assert torch.equal(turned(piece.T), piece)
+    assert torch.equal(target, expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("columns", [1, 8, 31, 32, 64, 96])
+def test_words_of_one_code(bits, columns):
+    code = 2**bits - 1
+    assert torch.equal(
+        constant_words(code, bits, columns), pack_words(torch.full((1, columns), code, dtype=torch.uint8), bits)
+    )
+    assert only_code(constant_words(code, bits, columns), bits, columns) == code

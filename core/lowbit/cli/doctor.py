@@ -38,17 +38,22 @@ def doctor_command(as_json: bool) -> None:
     print_table("", ("package", "version", "get it with"), [("python", report["python"], ""), *rows])
     devices = ", ".join(report["devices"])
     click.echo(f"devices: {devices}; {report['threads']} threads")
+    click.echo(f"loops in C: {report['loops']}")
     click.echo(f"plugins: {report['plugins'] if isinstance(report['plugins'], str) else ', '.join(report['plugins'])}")
 
 
 def _report() -> dict[str, Any]:
     import torch
 
+    from lowbit.compiled import why_not_compiled
+
+    reason = why_not_compiled()
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": ["cpu", *(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))],
         "threads": torch.get_num_threads(),
+        "loops": f"not compiled, torch does their work slower: {reason}" if reason else "compiled at first use",
         "plugins": _plugins(),
     }
 

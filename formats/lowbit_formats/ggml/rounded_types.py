@@ -9,20 +9,26 @@ thread calls again.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from lowbit.compiled import CLoops
 from lowbit_formats.ggml.limits import check_extremes
 from lowbit_formats.ggml.scratch import SCRATCH
 from lowbit_formats.ggml.two_level import to_half
 from lowbit_formats.ggml.weighted_groups import LEAST, extremes_and_negated, reciprocal
 
 Parts = dict[str, Tensor]
+_LOOPS = CLoops(Path(__file__).with_name("rounded_types.c"))
 
 
 def round_signed(x: Tensor, bits: int, size: int) -> Parts:
     """Q4_0, Q5_0: the extreme of a group becomes code 0, which has no positive counterpart."""
     half = 1 << bits - 1
+    if found := _by_loop("round_signed", x, size, half):
+        return found
     extremes, negated = extremes_and_negated(x.view(-1, size))
     smallest = check_extremes(extremes.abs(), x)
     scales = extremes.div_(half)
@@ -44,6 +50,8 @@ def round_range(x: Tensor, bits: int, size: int) -> Parts:
 
 def round_absmax(x: Tensor, size: int = 32) -> Parts:
     """Q8_0: codes -127 to 127, stored with 128 added."""
+    if found := _by_loop("round_absmax", x, size):
+        return found
     groups = x.view(-1, size)
     scales = absmax(groups)
     smallest = check_extremes(scales, groups)
@@ -99,6 +107,16 @@ def absmax(groups: Tensor) -> Tensor:
     """
     magnitudes = torch.abs(groups, out=SCRATCH.room("values", groups))
     return magnitudes.view(torch.int32).amax(1).view(torch.float32)
+
+
+def _by_loop(name: str, x: Tensor, size: int, *settings: int) -> Parts | None:
+    """Return what a loop in C makes of x; None where there is none, or where x holds what is to be refused by name."""
+    if x.device.type != "cpu" or not x.numel() or (loop := _LOOPS.find(name)) is None:
+        return None
+    groups = x.view(-1, size)
+    codes, scales = SCRATCH.room("bytes", groups, torch.uint8), groups.new_empty(len(groups))
+    refused = loop(groups, codes, scales, len(groups), size, *settings)
+    return None if refused else {"codes": codes, "scales": scales.half()}
 
 
 def _inverse(scales: Tensor, smallest: float) -> Tensor:

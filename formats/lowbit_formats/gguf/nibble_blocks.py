@@ -15,15 +15,18 @@ block one after the other; byte e of a block holds q(e) and q(e + 16)::
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy
 import torch
 from torch import Tensor
 
+from lowbit.compiled import CLoops
 from lowbit.streams import StreamPacker
 from lowbit.tensors import PackedTensor
-from lowbit_formats.gguf.packing import BYTES, BlockPacker
+from lowbit_formats.gguf.packing import BYTES, HALVES, BlockPacker, Parts
 
+_LOOPS = CLoops(Path(__file__).with_name("nibble_blocks.c"))
 _LOW, _HIGH = numpy.uint64(0x0F * BYTES), numpy.uint64(0xF0 * BYTES)
 _NIBBLE, _BYTE = numpy.uint64(4), numpy.uint16(8)
 _CODES = 16
@@ -36,16 +39,27 @@ class NibbleBlockPacker(BlockPacker, StreamPacker):
     def read_parts(self, packed: PackedTensor, start: int, stop: int) -> dict[str, Tensor]:
         """Return scales, and minimums where the type has them."""
         floats = self._floats(packed, start, stop)
-        return {name: floats[..., at].contiguous() for at, name in enumerate(self._names())}
+        if (loop := HALVES.find("halves_get")) is None:
+            return {name: floats[..., at].contiguous() for at, name in enumerate(self._names())}
+        parts = {name: floats.new_empty(floats.shape[:2]) for name in self._names()}
+        for at, values in enumerate(parts.values()):
+            loop(floats[..., at], values, values.numel(), self.type.nbytes)
+        return parts
 
     def write_parts(self, packed: PackedTensor, start: int, stop: int, parts: Mapping[str, Tensor]) -> None:
         """Write scales and minimums."""
+        if self._put_halves(parts, packed.buffers["blocks"][start:stop]):
+            return
         floats = self._floats(packed, start, stop)
         for at, name in enumerate(self._names()):
             floats[..., at] = parts[name]
 
     def streams(self, packed: PackedTensor, start: int, stop: int) -> Tensor:
         """Cut the codes out of the blocks and put them in their order."""
+        if (loop := _LOOPS.find("nibbles_get")) is not None:
+            found = torch.empty(stop - start, packed.shape[1] // 8, dtype=torch.int32)
+            loop(self._codes(packed, start, stop), found, found.numel() // 4, self.type.nbytes)
+            return found
         near = numpy.empty((stop - start) * packed.shape[1] // 32, dtype=f"V{_CODES}")
         near[...] = self._records(packed, start, stop)["codes"]
         pairs = near.view(numpy.uint16)
@@ -60,6 +74,10 @@ class NibbleBlockPacker(BlockPacker, StreamPacker):
 
     def put_streams(self, packed: PackedTensor, start: int, stop: int, streams: Tensor) -> None:
         """Put the codes in the order of blocks, and into these."""
+        if (loop := _LOOPS.find("nibbles_put")) is not None:
+            dense = streams.contiguous()
+            loop(dense, self._codes(packed, start, stop), dense.numel() // 4, self.type.nbytes)
+            return
         words = streams.contiguous().numpy().view(numpy.uint64).reshape(-1, 2)
         first, second = words[:, 0], words[:, 1]
         even = (second & _LOW) << _NIBBLE
@@ -71,6 +89,21 @@ class NibbleBlockPacker(BlockPacker, StreamPacker):
         pairs |= even.view(numpy.uint8).astype(numpy.uint16)
         self._records(packed, start, stop)["codes"] = pairs.view(f"V{_CODES}")
 
+    def holds_streams(self, packed: PackedTensor, start: int, stop: int, streams: Tensor) -> bool:
+        """Compare block by block."""
+        if not streams.is_contiguous() or (loop := _LOOPS.find("nibbles_same")) is None:
+            return super().holds_streams(packed, start, stop, streams)
+        return loop(self._codes(packed, start, stop), streams, streams.numel() // 4, self.type.nbytes) == 1
+
+    def _put(self, parts: Parts, target: Tensor) -> None:
+        loop = _LOOPS.find("nibbles_pack")
+        if loop is not None and target.device.type == "cpu":
+            codes, at = parts["codes"].contiguous(), self.type.nbytes - _CODES
+            highest = loop(codes, target.view(-1)[at:], codes.numel() // 32, self.type.nbytes)
+            if highest < 16 and self._put_halves(parts, target):
+                return
+        super()._put(parts, target)
+
     def _names(self) -> tuple[str, ...]:
         return ("scales", "minimums")[: len(self.floats)]
 
@@ -78,6 +111,10 @@ class NibbleBlockPacker(BlockPacker, StreamPacker):
         """Return a view of the fp16 values of some rows: (rows, blocks, one or two)."""
         halves = packed.buffers["blocks"][start:stop].view(torch.float16)
         return halves.view(stop - start, -1, self.type.nbytes // 2)[..., : len(self.floats)]
+
+    def _codes(self, packed: PackedTensor, start: int, stop: int) -> Tensor:
+        """Return the bytes of some rows from the first block's codes on."""
+        return packed.buffers["blocks"][start:stop].view(-1)[self.type.nbytes - _CODES :]
 
     def _records(
         self, packed: PackedTensor, start: int, stop: int
@@ -88,3 +125,15 @@ class NibbleBlockPacker(BlockPacker, StreamPacker):
         """
         dtype = numpy.dtype([("floats", f"V{self.type.nbytes - _CODES}"), ("codes", f"V{_CODES}")])
         return packed.buffers["blocks"][start:stop].view(-1).numpy().view(dtype)
+
+
+class ByteBlockPacker(BlockPacker):
+    """Q8_0: a scale, and codes as signed bytes."""
+
+    def _put(self, parts: Parts, target: Tensor) -> None:
+        loop = _LOOPS.find("bytes_pack")
+        if loop is None or not self._put_halves(parts, target):
+            super()._put(parts, target)
+            return
+        codes, at = parts["codes"].contiguous(), self.type.nbytes - self.type.weights
+        loop(codes, target.view(-1)[at:], codes.numel() // self.type.weights, self.type.nbytes)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lowbit.compiled import CLoops
 from lowbit.errors import SchemeError, WeightError
 from lowbit.interfaces import Packer
 from lowbit.parts import TensorSpec, part_specs
@@ -25,6 +27,8 @@ from lowbit_formats.gguf.block_types import BlockType
 Parts = Mapping[str, Tensor]
 BYTES = 0x0101010101010101
 """Times a byte: that byte in each of the eight bytes of an int64."""
+HALVES = CLoops(Path(__file__).with_name("halves.c"))
+"""Loops over one fp16 value of every block."""
 _EXPONENT = 0x7C00  # of an fp16; all ones means NaN or infinity
 
 
@@ -92,8 +96,7 @@ class BlockPacker(Packer):
         blocks = torch.empty(spec.buffers["blocks"].shape, dtype=torch.uint8, device=_device(quantized.parts))
 
         def work(start: int, stop: int) -> None:
-            encoded = self._encode(_rows(quantized.parts, quantized.scheme, start, stop))
-            blocks[start:stop] = encoded.reshape(stop - start, -1)
+            self._put(_rows(quantized.parts, quantized.scheme, start, stop), blocks[start:stop])
 
         map_ranges(work, rows, columns, join=True)
         return PackedTensor(spec, {"blocks": blocks})
@@ -118,6 +121,18 @@ class BlockPacker(Packer):
             parts["codebook"] = self._codebook_on(blocks.device)
         return QuantizedTensor(packed.scheme, packed.shape, parts)
 
+    def _put(self, parts: Parts, target: Tensor) -> None:
+        """Write the parts of some rows to their blocks, uint8 (rows, bytes of a row)."""
+        target.copy_(self._encode(parts).reshape(target.shape))
+
+    def _put_halves(self, parts: Parts, target: Tensor) -> bool:
+        """Write scales, and minimums where the type has them; whether a loop was there to do it."""
+        if target.device.type != "cpu" or (loop := HALVES.find("halves_put")) is None:
+            return False
+        for at, name in zip(self.floats, ("scales", "minimums"), strict=False):
+            loop(parts[name].contiguous(), target.view(-1)[at:], parts[name].numel(), self.type.nbytes)
+        return True
+
     def _codebook_on(self, device: torch.device) -> Tensor:
         """Return the codebook; a copy on another device is kept, because a captured CUDA graph must not wait for one."""
         assert self.codebook is not None
@@ -135,9 +150,7 @@ class BlockPacker(Packer):
             return f"row {int(wrong[0]) // (len(blocks) // rows)} has the scale nan" if len(wrong) else None
         halves = blocks.view(torch.int16)
         for at in self.floats:
-            wrong = (halves[:, at // 2] & _EXPONENT == _EXPONENT).nonzero()
-            if len(wrong):
-                block = int(wrong[0])
+            if (block := _first_not_finite(halves[:, at // 2])) >= 0:
                 value = float(halves[block, at // 2].view(torch.float16))
                 return f"row {block // (len(blocks) // rows)} has the scale {value}"
         return None
@@ -155,6 +168,14 @@ class BlockPacker(Packer):
             return ""
         name = next(f.name for f in fields(scheme) if getattr(scheme, f.name) != getattr(self.scheme, f.name))
         return f" with {name}={getattr(scheme, name)}"
+
+
+def _first_not_finite(halves: Tensor) -> int:
+    """Return the first of fp16 values, given as int16 (n,) with any stride, that is NaN or infinite; -1 when none is."""
+    if halves.device.type == "cpu" and (loop := HALVES.find("first_not_finite")) is not None:
+        return loop(halves, len(halves), 2 * halves.stride(0))
+    wrong = (halves & _EXPONENT == _EXPONENT).nonzero()
+    return int(wrong[0]) if len(wrong) else -1
 
 
 def words(codes: Tensor, count: int, *shape: int) -> Tensor:

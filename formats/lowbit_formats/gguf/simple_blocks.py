@@ -13,7 +13,7 @@ from torch import Tensor
 from lowbit.bits import pack_bits, unpack_bits
 from lowbit.scheme import Binary, Grid, ScaleFormat, Scheme, Zero
 from lowbit_formats.gguf.block_types import TYPES
-from lowbit_formats.gguf.nibble_blocks import NibbleBlockPacker
+from lowbit_formats.gguf.nibble_blocks import ByteBlockPacker, NibbleBlockPacker
 from lowbit_formats.gguf.packing import (
     BYTES,
     BlockPacker,
@@ -162,7 +162,7 @@ PACKERS = (
     NibbleBlockPacker(TYPES["Q4_1"], _affine(4, Zero.MINIMUM), _encode_q4_1, _decode_q4_1, (0, 2)),
     BlockPacker(TYPES["Q5_0"], _affine(5), _encode_q5_0, _decode_q5_0, (0,)),
     BlockPacker(TYPES["Q5_1"], _affine(5, Zero.MINIMUM), _encode_q5_1, _decode_q5_1, (0, 2)),
-    BlockPacker(TYPES["Q8_0"], _affine(8), _encode_q8_0, _decode_q8_0, (0,)),
+    ByteBlockPacker(TYPES["Q8_0"], _affine(8), _encode_q8_0, _decode_q8_0, (0,)),
     BlockPacker(TYPES["Q2_0"], _affine(2, group_size=64), _encode_q2_0, _decode_q2_0, (0,)),
     BlockPacker(TYPES["Q1_0"], Scheme(Grid.BINARY, 1, 128, binary=Binary(1)), _encode_q1_0, _decode_q1_0, (0,)),
     BlockPacker(

@@ -129,8 +129,16 @@ class PackerContract:
                 assert found.spec == packer.spec(scheme, (len(numbers), shape[1]))
                 assert bit_equal(dequantize(packer.unpack(found)), weight[numbers]), "rows differ from the weight's"
 
-    def test_streams_are_the_codes(self, packer: Packer, examples: Sequence[Example]) -> None:
-        """Of a ``StreamPacker``: what it reads of some rows is theirs, and rows written range by range are what ``pack`` makes."""
+    @pytest.mark.parametrize("compiled", [True, False])
+    def test_streams_are_the_codes(
+        self, packer: Packer, examples: Sequence[Example], compiled: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a ``StreamPacker``: what it reads of some rows is theirs, and rows written range by range are what ``pack`` makes.
+
+        All of it with loops in C, where they can be compiled, and without.
+        """
+        if not compiled:
+            monkeypatch.setenv("LOWBIT_CC", "")
         for scheme, (_, columns) in examples if isinstance(packer, StreamPacker) else ():
             assert isinstance(packer, StreamPacker)
             step, shape = packer.stream_rows, (3 * packer.stream_rows, columns)
@@ -147,6 +155,13 @@ class PackerContract:
                 assert_same_tensors(found, rows.parts, f"the parts of rows {start} to {stop}")
                 packer.write_parts(again, start, stop, rows.parts)
                 packer.put_streams(again, start, stop, streams)
+                assert packer.holds_streams(again, start, stop, expected), f"rows {start} to {stop} read as other codes"
+                for at in (0, expected.numel() // 3, expected.numel() - 1):
+                    damaged = expected.clone()
+                    damaged.view(-1)[at] ^= 1 << at % 31
+                    assert not packer.holds_streams(again, start, stop, damaged), (
+                        f"a wrong code in word {at} goes unseen"
+                    )
             assert_same_tensors(again.buffers, packed.buffers, "buffers written range by range")
 
     def test_inputs_are_left_alone(self, packer: Packer, examples: Sequence[Example]) -> None:
