@@ -70,6 +70,18 @@ class Runner:
             return [work(piece) for piece in pieces]
         return map_ranges(lambda start, stop: work(pieces[start]), len(pieces), 1, piece=1)
 
+    def dealt(self, index: Sequence[int], chances: Tensor) -> list[int]:
+        """Return ``index`` in an order whose pieces expect about as many tokens each, so that no thread waits for another.
+
+        Sequences are dealt to the pieces in turn, those that expect most first, back and forth.
+        """
+        pieces = -(-len(index) // self._piece)
+        expected = dict(zip(index, chances[list(index)].sum(1).tolist(), strict=True))
+        order = sorted(index, key=lambda sample: -expected[sample])
+        turns = [order[start : start + pieces] for start in range(0, len(order), pieces)]
+        turns[1::2] = [turn[::-1] for turn in turns[1::2]]
+        return [turn[place] for place in range(pieces) for turn in turns if place < len(turn)]
+
     def rounds(self, index: Sequence[int]) -> list[Sequence[int]]:
         """Return ``index`` in parts that keep all threads busy: what is held for each piece may be added up after each part."""
         pieces = 2 * torch.get_num_threads() if self.device.type == "cpu" else 1

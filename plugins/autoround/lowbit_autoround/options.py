@@ -16,7 +16,7 @@ ScaleRule = Literal["minmax", "search"]
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 Fallback = Literal["error", "rtn"]
 LARGEST_TRIM = 0.1
-COUNTED_SHARES, COUNTED_TOKENS = (0.7, 0.5), 4096
+COUNTED_SHARES, COUNTED_TOKENS = (0.6, 0.5), 4096
 """The share of a step's tokens that the loss counts by default: the second where at least so many are left, else the first."""
 
 

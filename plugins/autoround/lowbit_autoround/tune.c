@@ -49,12 +49,18 @@ int64_t decode(const float *weights, const float *values, const float *scales, c
   return 0;
 }
 
-// Adds `count` gradients, one after the other, of the weights [from, from + width) to `sum`.
+// Writes the sum of `count` gradients, added one after the other, of the weights [from, from + width) to `sum`.
 static inline void add_gradients(float *restrict sum, const float *const *gradients, int64_t count, int64_t from, int64_t width) {
-  for (int64_t i = 0; i < width; ++i) sum[i] = gradients[0][from + i];
-  for (int64_t each = 1; each < count; ++each) {
-    const float *restrict gradient = gradients[each];
-    for (int64_t i = 0; i < width; ++i) sum[i] += gradient[from + i];
+  const float *restrict first = gradients[0] + from;
+  if (count == 1) {
+    for (int64_t i = 0; i < width; ++i) sum[i] = first[i];
+    return;
+  }
+  const float *restrict second = gradients[1] + from;
+  for (int64_t i = 0; i < width; ++i) sum[i] = first[i] + second[i];
+  for (int64_t each = 2; each < count; ++each) {
+    const float *restrict gradient = gradients[each] + from;
+    for (int64_t i = 0; i < width; ++i) sum[i] += gradient[i];
   }
 }
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from tiny_block import TOKENS, TinyBlock
 
+from lowbit_autoround import activations
 from lowbit_autoround.tuner import Batches, chances
 
 SIZES = torch.rand(6, 50, generator=torch.Generator().manual_seed(0)) ** 4 * 100
@@ -39,3 +41,15 @@ def test_a_certain_token_is_always_drawn_and_counts_one():
     drawn = torch.cat([Batches(1, 1, seed).draw(found) for seed in range(50)])
     assert (drawn[:, [0, 3]] == 1).all()
     assert (drawn[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("samples", [8, 7, 3])
+def test_sequences_are_dealt_so_that_pieces_expect_as_many_tokens(monkeypatch, samples):
+    monkeypatch.setattr(activations, "PIECE_TOKENS", 4 * TOKENS)
+    runner = activations.Runner(TinyBlock(), samples)
+    given = torch.arange(24.0)[:, None].expand(24, TOKENS) / 24
+    index = list(range(5, 5 + samples))
+    dealt = runner.dealt(index, given)
+    assert sorted(dealt) == index
+    if samples == 8:
+        assert given[dealt[:4]].sum() == pytest.approx(float(given[dealt[4:]].sum()))
