@@ -3,8 +3,8 @@
 A step runs a batch of calibration sequences through the block with its decoded low-bit weights, compares the outputs with those
 of the float block, and moves every learned number by the step size against the sign of its gradient; the step size falls
 linearly to zero (SignRound, arXiv 2309.05516; auto-round 0.16.1, sign_round/quantizer.py). Where auto-round keeps the state of
-least loss on the passing batch, which rewards easy batches, the state kept here is the last, or the first where that is better on
-a fixed subset of the sequences: tuning never ends worse there than rounding.
+least loss on the passing batch, which rewards easy batches, the state kept here is the best on a fixed subset of the
+sequences, tried at the CHECKS: the last step's, too, and the first, so that tuning never ends worse there than rounding.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from lowbit_autoround.activations import Runner
 from lowbit_autoround.ranges import Parts
 from lowbit_autoround.tuned_weight import TunedWeight, decode_all, learn_all
 
+CHECKS = (0.8, 1.0)
+"""When the state is compared with the best, as shares of all steps: each costs a forward pass over the subset."""
 CHECKED_SHARE = 8
 """One of so many sequences is in the subset, but at least a batch of them."""
 EVEN = 0.25
@@ -110,6 +112,7 @@ class Tuner:
         self._decode()
         before = after = self._check(0)
         best, best_step = self._parts(), 0
+        checks = {max(1, round(share * schedule.iters)) for share in CHECKS}
         seed = crc32(f"{schedule.seed}:{self._runner.block.name}".encode())
         batches = Batches(self._runner.block.samples, schedule.batch_size * schedule.accumulate, seed)
         with nullcontext() if self._chances is None else self._runner.skipping():
@@ -121,8 +124,8 @@ class Tuner:
                 )
                 del gradients
                 self._decode()
-        if (loss := self._check(schedule.iters)) < before:
-            best, after, best_step = self._parts(), loss, schedule.iters
+                if step + 1 in checks and (loss := self._check(step + 1)) < after:
+                    best, after, best_step = self._parts(), loss, step + 1
         return Outcome(best, before, after, best_step)
 
     def _decode(self) -> None:
