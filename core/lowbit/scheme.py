@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
 from typing import Any
 
 from lowbit.errors import SchemeError
@@ -305,7 +304,15 @@ class Scheme:
 
     def summary(self) -> str:
         """A short name for tables, such as ``affine 4-bit g128 asym`` or ``codebook 3-bit g64 +outliers``."""
-        return _summary(self)
+        parts = [self.grid.value, f"{self.rate:g}-bit", f"g{self.group_size}" if self.group_size else "per-channel"]
+        if self.grid is Grid.AFFINE and not self.symmetric:
+            parts.append({Zero.INTEGER: "asym", Zero.FLOAT: "float-zero", Zero.MINIMUM: "min"}[self.zero])
+        if self.scales.two_level:
+            parts.append(f"{self.scales.bits}-bit-scales")
+        elif self.scales.dtype != "float16":
+            parts.append(self.scales.dtype)
+        addons = {"outliers": self.outliers, "rotation": self.rotation, "permutation": self.permutation or None}
+        return " ".join(parts + [f"+{name}" for name, value in addons.items() if value])
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON document; fields at their default are left out, so that files stay readable."""
@@ -322,20 +329,6 @@ class Scheme:
                 f"this lowbit reads scheme version {SCHEME_VERSION}, got {version!r}; install a newer lowbit"
             )
         return from_document(cls, values)
-
-
-@lru_cache(maxsize=4096)
-def _summary(scheme: Scheme) -> str:
-    """Kept, because every layout that refuses a scheme names it: 30,000 times to plan one conversion."""
-    parts = [scheme.grid.value, f"{scheme.rate:g}-bit", f"g{scheme.group_size}" if scheme.group_size else "per-channel"]
-    if scheme.grid is Grid.AFFINE and not scheme.symmetric:
-        parts.append({Zero.INTEGER: "asym", Zero.FLOAT: "float-zero", Zero.MINIMUM: "min"}[scheme.zero])
-    if scheme.scales.two_level:
-        parts.append(f"{scheme.scales.bits}-bit-scales")
-    elif scheme.scales.dtype != "float16":
-        parts.append(scheme.scales.dtype)
-    addons = {"outliers": scheme.outliers, "rotation": scheme.rotation, "permutation": scheme.permutation or None}
-    return " ".join(parts + [f"+{name}" for name, value in addons.items() if value])
 
 
 def _check_grid(scheme: Scheme) -> None:
