@@ -72,12 +72,12 @@ class CLoops:
 
 def why_not_compiled() -> str | None:
     """Return None when loops can be compiled here, else the reason in one sentence."""
-    if os.environ.get("LOWBIT_CC", "default").strip() == "":
+    if _command() is not None:
+        return None
+    given = _given()
+    if given is not None and not given.strip():
         return "LOWBIT_CC is empty"
-    if _command() is None:
-        names = os.environ.get("LOWBIT_CC") or os.environ.get("CC") or ", ".join(COMPILERS)
-        return f"no C compiler was found ({names}); install one, or name one in LOWBIT_CC"
-    return None
+    return f"no C compiler was found ({given or ', '.join(COMPILERS)}); install one, or name one in LOWBIT_CC"
 
 
 def cache_folder() -> Path:
@@ -89,8 +89,7 @@ def cache_folder() -> Path:
 
 def compile_loops(source: Path, folder: Path) -> Path | None:
     """Return the library made of ``source``, compiled unless ``folder`` has it; None when there is no compiler that can."""
-    command = _command()
-    if why_not_compiled() or command is None:
+    if (command := _command()) is None:
         return None
     text = source.read_bytes() + b"".join(path.read_bytes() for path in sorted(source.parent.glob("*.h")))
     made_by = "\0".join((*command, _version(tuple(command)), *FLAGS, _processor()))
@@ -119,12 +118,17 @@ def _load(source: Path) -> ctypes.CDLL | None:
 
 
 def _command() -> Sequence[str] | None:
-    """Return the compiler with its first arguments."""
-    given = os.environ.get("LOWBIT_CC") or os.environ.get("CC")
-    for command in [shlex.split(given)] if given else [[name] for name in COMPILERS]:
+    """Return the compiler with its first arguments; None when none is there, or none is wanted."""
+    given = _given()
+    for command in [[name] for name in COMPILERS] if given is None else [shlex.split(given)]:
         if command and shutil.which(command[0]):
             return command
     return None
+
+
+def _given() -> str | None:
+    """Return what LOWBIT_CC says, else CC unless it is empty."""
+    return os.environ.get("LOWBIT_CC", os.environ.get("CC") or None)
 
 
 @cache

@@ -60,12 +60,12 @@ def map_ranges(
     ranges = [(start, min(start + step, rows)) for start in range(0, rows, step)] or [(0, rows)]
     if len(ranges) == 1 or _is_worker() or _on_a_stream():
         return [function(start, stop) for start, stop in ranges]
-    inference, threads = torch.is_inference_mode_enabled(), torch.get_num_threads()
+    threads = torch.get_num_threads()
 
-    def work(bounds: tuple[int, int]) -> T:
-        with torch.inference_mode(inference):
-            return function(*bounds)
+    def one(bounds: tuple[int, int]) -> T:
+        return function(*bounds)
 
+    work = _as_here(one)
     if join and threads > 1 and (limit := _thread_limit()) is not None:
         return _shared(work, ranges, threads, limit)
     return list(_pool(threads).map(work, ranges))
@@ -74,15 +74,23 @@ def map_ranges(
 def map_each(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
     """Apply ``function`` to each item, as many at once as torch may use threads, and yield the results in order.
 
-    For work that waits, or that C does: reading, checksums. Closing the iterator drops what was not begun.
+    For work that waits, or that C does: reading, checksums. Closing the iterator drops what was not begun. Inside a worker the
+    items follow each other.
     """
+    if _is_worker():
+        return map(function, items)
+    return _pool(torch.get_num_threads()).map(_as_here(function), items)
+
+
+def _as_here(function: Callable[[S], T]) -> Callable[[S], T]:
+    """Return the function with the inference mode of the caller, whichever thread runs it."""
     inference = torch.is_inference_mode_enabled()
 
     def work(item: S) -> T:
         with torch.inference_mode(inference):
             return function(item)
 
-    return _pool(torch.get_num_threads()).map(work, items)
+    return work
 
 
 @contextmanager

@@ -46,7 +46,7 @@ int64_t awq_put(
     return 0;
 }
 
-/* The nibbles of eight octets and eight words of their streams, before turn8. */
+/* Eight words of the streams of eight octets: x[n][i], for row ORDER[n] of octet i. */
 static inline void take(const uint32_t *words, int64_t stride, int64_t k, int64_t o, v8 x[8][WORDS]) {
     for (int i = 0; i < WORDS; i++) {
         v8 y[8];
@@ -54,6 +54,7 @@ static inline void take(const uint32_t *words, int64_t stride, int64_t k, int64_
         turn_nibbles(y);
         for (int n = 0; n < 8; n++) x[n][i] = y[n];
     }
+    for (int n = 0; n < 8; n++) turn8(x[n]);
 }
 
 int64_t awq_streams(
@@ -63,10 +64,8 @@ int64_t awq_streams(
         for (int64_t o = 0; o < octets; o += OCTETS) {
             v8 x[8][WORDS];
             take(words, words_stride, k, o, x);
-            for (int n = 0; n < 8; n++) {
-                turn8(x[n]);
+            for (int n = 0; n < 8; n++)
                 for (int i = 0; i < OCTETS; i++) store8(streams + (8 * (o + i) + ORDER[n]) * stride + k, x[n][i]);
-            }
         }
     return 0;
 }
@@ -80,10 +79,8 @@ int64_t awq_same(
         for (int64_t o = 0; o < octets; o += OCTETS) {
             v8 x[8][WORDS];
             take(words, words_stride, k, o, x);
-            for (int n = 0; n < 8; n++) {
-                turn8(x[n]);
+            for (int n = 0; n < 8; n++)
                 for (int i = 0; i < OCTETS; i++) differs |= x[n][i] ^ load8(streams + (8 * (o + i) + ORDER[n]) * stride + k);
-            }
         }
     uint32_t any = 0;
     for (int i = 0; i < 8; i++) any |= differs[i];

@@ -104,9 +104,6 @@ class NibbleBlockPacker(BlockPacker, StreamPacker):
                 return
         super()._put(parts, target)
 
-    def _names(self) -> tuple[str, ...]:
-        return ("scales", "minimums")[: len(self.floats)]
-
     def _floats(self, packed: PackedTensor, start: int, stop: int) -> Tensor:
         """Return a view of the fp16 values of some rows: (rows, blocks, one or two)."""
         halves = packed.buffers["blocks"][start:stop].view(torch.float16)

@@ -130,9 +130,13 @@ class BlockPacker(Packer):
         """Write scales, and minimums where the type has them; whether a loop was there to do it."""
         if target.device.type != "cpu" or (loop := HALVES.find("halves_put")) is None:
             return False
-        for at, name in zip(self.floats, ("scales", "minimums"), strict=False):
+        for at, name in zip(self.floats, self._names(), strict=True):
             loop(parts[name].contiguous(), target.view(-1)[at:], parts[name].numel(), self.type.nbytes)
         return True
+
+    def _names(self) -> tuple[str, ...]:
+        """Return the parts that are fp16 values of a block, in the order of ``floats``."""
+        return ("scales", "minimums")[: len(self.floats)]
 
     def _codebook_on(self, device: torch.device) -> Tensor:
         """Return the codebook; a copy on another device is kept, because a captured CUDA graph must not wait for one."""
